@@ -1,0 +1,1 @@
+"""Floor 0: what every other folder may use: errors, the registry, units, named randomness, the device, files, logging."""

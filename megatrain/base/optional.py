@@ -1,0 +1,49 @@
+"""Optional packages: looked for when first used, and never a mystery when they are not there."""
+
+import importlib
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Optional:
+    """An optional package: the module, or why there is none."""
+
+    name: str
+    module: ModuleType | None
+    why_not: str
+
+    def __bool__(self) -> bool:
+        return self.module is not None
+
+    def __getattr__(self, attribute: str) -> Any:
+        if self.module is None:
+            raise ImportError(f"{self.name} is not usable here: {self.why_not}")
+        return getattr(self.module, attribute)
+
+
+@cache
+def optional(name: str) -> Optional:
+    """The package `name` if it imports; otherwise the cause is kept, since a broken install is not an absent one."""
+    try:
+        return Optional(name, importlib.import_module(name), "")
+    except ModuleNotFoundError as error:
+        missing = error.name or name
+        why = "it is not installed" if missing.split(".")[0] == name.split(".")[0] else f"it needs {missing}"
+        return Optional(name, None, why)
+    except Exception as error:
+        return Optional(name, None, f"it is installed but does not import ({type(error).__name__}: {error})")
+
+
+@cache
+def nvidia_apex() -> Optional:
+    """NVIDIA's apex with its CUDA extensions, and nothing else of that name (the package index has another project)."""
+    found = optional("apex")
+    if not found:
+        return found
+    extensions = optional("amp_C")
+    if not extensions:
+        return Optional("apex", None, f"this apex has no CUDA extensions (amp_C: {extensions.why_not}); torch's own are used")
+    return found

@@ -1,0 +1,206 @@
+"""YAML files and `key=value` words merged into one tree in which each value knows where it was written.
+
+Merging, later over earlier (`base:` files in order, then the file, then the command line): mappings merge key by key,
+except that a new `kind` replaces its whole mapping; lists are replaced. `data.sources.0.path=x` addresses an element.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatrain.base.errors import ConfigError
+
+COMMAND_LINE = "command line"
+
+
+@dataclass
+class Node:
+    """A value of the tree: a mapping or list of nodes, or a scalar; and where it was written."""
+
+    value: Any
+    origin: str
+
+    def plain(self) -> Any:
+        """The value without origins."""
+        if isinstance(self.value, dict):
+            return {key: node.plain() for key, node in self.value.items()}
+        if isinstance(self.value, list):
+            return [node.plain() for node in self.value]
+        return self.value
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> Node:
+    """The run file at `path` with its bases and the command line's `key=value` words, interpolations resolved.
+
+    Raises:
+        ConfigError: a file is missing or is not YAML, a key stands twice, a base includes itself, an override or an
+            interpolation cannot be understood.
+    """
+    tree = _read_file(Path(path), including=())
+    for word in overrides:
+        tree = _override(tree, word)
+    return _interpolate(tree)
+
+
+# ------------------------------------------------------------------------------------------------ one file
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars: 1e-4 is a number, and only true and false are booleans."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float",
+                                                                         "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}  # fmt: skip
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(?:true|false)$"), list("tf"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d[\d_]*$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:(?:\d[\d_]*\.\d*|\.\d+|\d[\d_]*(?=[eE]))(?:[eE][-+]?\d+)?|\.inf|\.nan)$"),
+    list("-+.0123456789"),
+)
+
+
+def _compose(text: str, name: str) -> Node:
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{name}:{mark.line + 1}" if mark else name
+        raise ConfigError(f"{where} is not YAML: {getattr(error, 'problem', None) or error}") from None
+    if root is None:
+        return Node({}, name)
+    return _convert(root, name, _Loader(""))
+
+
+def _convert(node: yaml.Node, name: str, loader: _Loader) -> Node:
+    origin = f"{name}:{node.start_mark.line + 1}" if name != COMMAND_LINE else name
+    if isinstance(node, yaml.MappingNode):
+        mapping: dict[str, Node] = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            line = f"{name}:{key_node.start_mark.line + 1}" if name != COMMAND_LINE else name
+            if key in mapping:
+                raise ConfigError(f"{line}: the key {key!r} stands twice (first at {mapping[key].origin}): keep one")
+            mapping[key] = _convert(value_node, name, loader)
+            mapping[key].origin = line
+        return Node(mapping, origin)
+    if isinstance(node, yaml.SequenceNode):
+        return Node([_convert(child, name, loader) for child in node.value], origin)
+    try:
+        return Node(loader.construct_object(node), origin)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{origin}: {node.value!r} cannot be read: {error}") from None
+
+
+def _read_file(path: Path, including: tuple[Path, ...]) -> Node:
+    if path.resolve() in including:
+        chain = " -> ".join(str(p) for p in (*including, path))
+        raise ConfigError(f"{path} includes itself through base: {chain}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        by = f" (named by base in {including[-1]})" if including else ""
+        raise ConfigError(f"there is no run file {path}{by}: give the path of a YAML file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder: give the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    tree = _compose(text, str(path))
+    if not isinstance(tree.value, dict):
+        raise ConfigError(f"{path} must hold keys and values, not a single {type(tree.value).__name__}")
+    bases = tree.value.pop("base", Node([], str(path)))
+    merged = Node({}, str(path))
+    names = bases.value if isinstance(bases.value, list) else [bases]
+    for base in names:
+        if not isinstance(base.value, str):
+            raise ConfigError(f"base ({bases.origin}) must list the paths of run files, got {base.plain()!r}")
+        merged = merge(merged, _read_file(path.parent / base.value, (*including, path.resolve())))
+    return merge(merged, tree)
+
+
+# ------------------------------------------------------------------------------------------------ merging
+
+
+def merge(under: Node, over: Node) -> Node:
+    """`over` laid on `under`: mappings key by key, anything else replaced; a new `kind` replaces its mapping."""
+    if not (isinstance(under.value, dict) and isinstance(over.value, dict)):
+        return over
+    if "kind" in over.value and "kind" in under.value and over.value["kind"].value != under.value["kind"].value:
+        return over
+    merged = dict(under.value)
+    for key, node in over.value.items():
+        merged[key] = merge(merged[key], node) if key in merged else node
+    return Node(merged, over.origin)
+
+
+def _override(tree: Node, word: str) -> Node:
+    key, equals, text = word.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"{word!r} is not key=value: write for example train.steps=100")
+    value = _compose(text, COMMAND_LINE) if text.strip() else Node(None, COMMAND_LINE)
+    return _set(tree, key.strip().split("."), value, key)
+
+
+def _set(tree: Node, path: list[str], value: Node, key: str) -> Node:
+    if not path:
+        return merge(tree, value)
+    head, rest = path[0], path[1:]
+    if isinstance(tree.value, list):
+        if not head.isdigit() or int(head) >= len(tree.value):
+            raise ConfigError(f"{key}={value.plain()}: {head!r} is not an element of a list of {len(tree.value)}")
+        items = list(tree.value)
+        items[int(head)] = _set(items[int(head)], rest, value, key)
+        return Node(items, COMMAND_LINE)
+    mapping = dict(tree.value) if isinstance(tree.value, dict) else {}
+    child = mapping.get(head)
+    if not rest and head == "kind" and child is not None and child.value != value.value:
+        mapping = {}  # a new kind replaces its whole mapping
+    start = child if child is not None else Node({} if rest else None, COMMAND_LINE)
+    if isinstance(start.value, str) and rest:  # `attention: causal` is short for {kind: causal}
+        start = Node({"kind": start}, start.origin)
+    mapping[head] = _set(start, rest, value, key)
+    return Node(mapping, tree.origin)
+
+
+# ------------------------------------------------------------------------------------------------ interpolation
+
+
+def _interpolate(tree: Node) -> Node:
+    plain = tree.plain()
+    if not any("${" in text for text in _texts(plain)):
+        return tree
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        raise ConfigError(f"{key or 'a value'} cannot be interpolated: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise ConfigError("an interpolation ${...} refers to itself: break the cycle") from None
+    return _with_origins(resolved, tree)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for child in value.values() if isinstance(value, dict) else value:
+            yield from _texts(child)
+
+
+def _with_origins(value: Any, like: Node) -> Node:
+    if isinstance(value, dict):
+        children = like.value if isinstance(like.value, dict) else {}
+        return Node({str(k): _with_origins(v, children.get(str(k), like)) for k, v in value.items()}, like.origin)
+    if isinstance(value, list):
+        items = like.value if isinstance(like.value, list) else [like] * len(value)
+        return Node([_with_origins(v, n) for v, n in zip(value, items, strict=True)], like.origin)
+    return Node(value, like.origin)
