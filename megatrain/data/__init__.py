@@ -1,0 +1,1 @@
+"""Text to batches: shards, documents, the tokenizer, the one order of the data, packing, batches, the feed."""

@@ -1,0 +1,364 @@
+"""Token shards: webdataset tars with an index beside each, so that training seeks and never parses a tar.
+
+    DIR/manifest.json              what there is: splits, shards, sizes, checksums, the tokenizer, where it came from
+    DIR/tokenizer.json             the tokenizer the ids belong to
+    DIR/train/shard-000000.tar     a webdataset: `KEY.tokens`, little-endian ids; `KEY.json`, what else is known
+    DIR/train/shard-000000.index   safetensors: where each document's ids lie in the tar, and a checksum of each
+
+KEY is a running number: the id of a document is any text, kept in the index, and never becomes a path. A document is
+stored with its end-of-document token.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import zlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any, Self
+
+import numpy as np
+import webdataset
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from megatrain.base.errors import DataError
+from megatrain.base.files import fsync_folder, read_json, write_json
+
+VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+TRAIN, HELD_OUT = "train", "held_out"
+_BLOCK = 512  # a tar aligns every member to blocks of this many bytes
+
+Tokens = NDArray[np.integer[Any]]
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The narrowest type that holds every id: "uint16" or "uint32"."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+# ------------------------------------------------------------------------------------------------ the manifest
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """A shard as the manifest knows it. Paths are relative to the data set's folder."""
+
+    path: str
+    bytes: int
+    sha256: str
+    documents: int
+    tokens: int
+    index: str
+    index_sha256: str
+    text_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of one split, in order."""
+
+    shards: tuple[ShardEntry, ...] = ()
+
+    @property
+    def documents(self) -> int:
+        return sum(shard.documents for shard in self.shards)
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of UTF-8 text that the tokens stand for: what turns a loss per token into bits per byte."""
+        return sum(shard.text_bytes for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class TokenizerEntry:
+    """Which tokenizer made the ids. Equal fingerprints mean equal ids for equal text."""
+
+    fingerprint: str
+    """sha256 of the tokenizer's file."""
+    vocab_size: int
+    end_of_document: int
+    file: str = TOKENIZER
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a data set holds: the one file a reader trusts, and checks the others against."""
+
+    name: str
+    tokenizer: TokenizerEntry
+    dtype: str
+    splits: dict[str, Split]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when any shard does, or their order."""
+        parts = [(name, [s.sha256 for s in self.splits[name].shards]) for name in sorted(self.splits)]
+        return hashlib.sha256(json.dumps([parts, self.tokenizer.fingerprint]).encode()).hexdigest()
+
+    def as_json(self) -> dict[str, Any]:
+        def split(value: Split) -> dict[str, Any]:
+            sums = {"documents": value.documents, "tokens": value.tokens, "text_bytes": value.text_bytes}
+            return {"shards": [dataclasses.asdict(shard) for shard in value.shards], **sums}
+
+        return {
+            "version": VERSION,
+            "name": self.name,
+            "tokenizer": dataclasses.asdict(self.tokenizer),
+            "dtype": self.dtype,
+            "splits": {name: split(value) for name, value in self.splits.items()},
+            "provenance": self.provenance,
+        }
+
+    def write(self, folder: Path) -> None:
+        """Write it last: a folder without a manifest is not a data set."""
+        write_json(folder / MANIFEST, self.as_json())
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The manifest of the data set in `folder`.
+
+        Raises:
+            DataError: there is no folder, no manifest, or one of another version or shape.
+        """
+        if not folder.is_dir():
+            raise DataError(
+                f"{folder} is no folder: give the path of a data set, or make one with `megatrain data build`"
+            )
+        path = folder / MANIFEST
+        if not path.exists():
+            raise DataError(
+                f"{folder} has no {MANIFEST}, so it is not a finished data set: build it (again) with "
+                f"`megatrain data build ... --out {folder}`"
+            )
+        try:
+            return cls.parse(read_json(path), str(path))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path} is not JSON ({error}): restore it, or build the data set again") from error
+
+    @classmethod
+    def parse(cls, value: Any, origin: str) -> Self:
+        """A manifest from its JSON value; `origin` names it in errors."""
+        version = value.get("version") if isinstance(value, dict) else None
+        if version != VERSION:
+            raise DataError(
+                f"{origin} has version {version!r} and this program reads version {VERSION}: build the data set again, "
+                "or use the program that wrote it"
+            )
+        try:
+            splits = {
+                name: Split(tuple(_only_fields(ShardEntry, shard) for shard in split["shards"]))
+                for name, split in value["splits"].items()
+            }
+            tokenizer = _only_fields(TokenizerEntry, value["tokenizer"])
+            found = cls(value["name"], tokenizer, value["dtype"], splits, value.get("provenance", {}))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{origin} is not a manifest ({error!r}): restore it, or build the data set again"
+            ) from error
+        if found.dtype not in ("uint16", "uint32"):
+            raise DataError(
+                f"{origin} has dtype {found.dtype!r}: allowed are uint16 and uint32; build the data set again"
+            )
+        return found
+
+
+def _only_fields(cls: Any, value: dict[str, Any]) -> Any:
+    """A `cls` from the keys it knows, so that a manifest may say more than we read."""
+    known = {f.name for f in dataclasses.fields(cls)}
+    return cls(**{k: v for k, v in value.items() if k in known})
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+class _Digest:
+    """A file to write to that knows the sha256 and the number of bytes that went through."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.sha256, self.bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        self.bytes += len(data)
+        return self.file.write(data)
+
+
+class ShardWriter:
+    """Writes one shard and its index. Both appear under their names when `close` has flushed them, or not at all.
+
+    with ShardWriter(folder, "train", 0, "uint16") as writer:
+        writer.write("books/12", tokens, text_bytes=812)
+    entry = writer.entry
+    """
+
+    entry: ShardEntry
+
+    def __init__(self, folder: Path, split: str, number: int, dtype: str):
+        self.folder = folder
+        self.path, self.index = f"{split}/shard-{number:06d}.tar", f"{split}/shard-{number:06d}.index"
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.tokens = 0
+        self._rows: list[tuple[int, int, int, int]] = []
+        self._ids: list[bytes] = []
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        self._aside = folder / split / f".shard-{number:06d}.tar.{os.getpid()}.tmp"
+        self._file = open(self._aside, "wb")  # noqa: SIM115
+        self._digest = _Digest(self._file)
+        # No time stamp and no owner: the same documents give the same bytes.
+        self._tar = webdataset.TarWriter(self._digest, user="", group="", mtime=0, encoder=False)
+
+    @property
+    def documents(self) -> int:
+        return len(self._ids)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tar so far."""
+        return self._tar.tarstream.offset
+
+    def write(self, document: str, tokens: Tokens, text_bytes: int, metadata: dict[str, Any] | None = None) -> None:
+        """Append a document.
+
+        Args:
+            document: its id, any text; the trace and the ledger name it.
+            tokens: [n], n > 0, ending with the end-of-document token.
+            text_bytes: bytes of the UTF-8 text that the tokens stand for.
+            metadata: what else is known of it, written beside the tokens.
+
+        Raises:
+            ValueError: there are no tokens, or an id does not fit the shard's type.
+        """
+        if not len(tokens) or tokens.min() < 0 or tokens.max() > np.iinfo(self.dtype).max:
+            raise ValueError(
+                f"document {document!r}: {len(tokens)} tokens that must be some, and fit {self.dtype.name}"
+            )
+        payload = np.ascontiguousarray(tokens, dtype=self.dtype).tobytes()
+        sample: dict[str, Any] = {"__key__": f"{self.documents:09d}", "tokens": payload}
+        if metadata:
+            sample["json"] = json.dumps(metadata, ensure_ascii=False).encode()
+        self._tar.write(sample)
+        self._tar.tarstream.members.clear()  # tarfile would remember every member it wrote
+        padded = -(-len(payload) // _BLOCK) * _BLOCK  # members are written by name, so "tokens" came last
+        self._rows.append((self.bytes - padded, len(tokens), zlib.crc32(payload), text_bytes))
+        self._ids.append(document.encode())
+        self.tokens += len(tokens)
+
+    def close(self) -> ShardEntry:
+        """Flush and publish the tar and its index."""
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        rows = np.array(self._rows, dtype=np.int64).reshape(-1, 4)
+        columns = {name: rows[:, i].copy() for i, name in enumerate(("offset", "length", "crc32", "text_bytes"))}
+        columns["id_bytes"] = np.frombuffer(b"".join(self._ids), dtype=np.uint8)
+        columns["id_ends"] = np.cumsum([len(i) for i in self._ids], dtype=np.int64)
+        index_aside = self._aside.with_suffix(".index.tmp")
+        # One key of metadata, since safetensors writes several in any order, and equal shards must be equal files.
+        save_file(columns, index_aside, metadata={"version": str(VERSION)})
+        with open(index_aside, "rb") as file:
+            os.fsync(file.fileno())
+            index_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        os.replace(index_aside, self.folder / self.index)
+        os.replace(self._aside, self.folder / self.path)
+        fsync_folder((self.folder / self.path).parent)
+        self.entry = ShardEntry(
+            path=self.path,
+            bytes=self._digest.bytes,
+            sha256=self._digest.sha256.hexdigest(),
+            documents=self.documents,
+            tokens=self.tokens,
+            index=self.index,
+            index_sha256=index_sha256,
+            text_bytes=int(rows[:, 3].sum()),
+        )
+        return self.entry
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        self._file.close()
+        self._aside.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+class Shard:
+    """A shard to read: documents by number, without parsing the tar. Columns of the index are int64 [documents]."""
+
+    def __init__(self, tar: Path, index: Path, entry: ShardEntry, dtype: str):
+        self.tar, self.index, self.entry = tar, index, entry
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+
+    @classmethod
+    def of(cls, folder: Path, entry: ShardEntry, dtype: str) -> Self:
+        return cls(folder / entry.path, folder / entry.index, entry, dtype)
+
+    @cached_property
+    def ids(self) -> Tokens:
+        """All of the tar as token ids, memory-mapped: documents are ranges of it, tar headers the rest."""
+        size = self.tar.stat().st_size if self.tar.exists() else None
+        if size != self.entry.bytes:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise DataError(
+                f"shard {self.tar} {found} and the manifest says {self.entry.bytes} bytes: copy it again, or build the "
+                "data set again"
+            )
+        return np.memmap(self.tar, dtype=self.dtype, mode="r")
+
+    @cached_property
+    def start(self) -> NDArray[np.int64]:
+        """First element of each document in `ids`."""
+        return self.column("offset") // self.dtype.itemsize
+
+    @cached_property
+    def length(self) -> NDArray[np.int64]:
+        """Tokens of each document, its end-of-document token included."""
+        return self.column("length")
+
+    def column(self, name: str) -> NDArray[np.int64]:
+        """A column of the index: offset (bytes), length (tokens), crc32, text_bytes, id_bytes, id_ends."""
+        try:
+            with safe_open(self.index, framework="numpy") as file:
+                return file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise DataError(
+                f"index {self.index} cannot be read ({error}): copy it again, or build the data set again"
+            ) from error
+
+    @cached_property
+    def _id_columns(self) -> tuple[bytes, NDArray[np.int64]]:
+        return self.column("id_bytes").tobytes(), self.column("id_ends")
+
+    def document_id(self, number: int) -> str:
+        text, ends = self._id_columns
+        return text[ends[number - 1] if number else 0 : ends[number]].decode()
+
+    def tokens(self, number: int) -> Tokens:
+        """The ids of a document [length], a view of the mapped file."""
+        start = self.start[number]
+        return self.ids[start : start + self.length[number]]
+
+    def damaged(self, number: int) -> bool:
+        """The document's bytes are not those that were written."""
+        return zlib.crc32(self.tokens(number).tobytes()) != self.column("crc32")[number]
