@@ -28,6 +28,10 @@ class Batch:
     """int32: number of each token's document within its row; equal numbers may attend to each other."""
     packed: bool = True
     """Some row may hold more than one document. Known on the host, so that masks are skipped without asking a GPU."""
+    step: int = 0
+    """Number of the global batch these rows are from; with `first_row` it names each element, for dropout."""
+    first_row: int = 0
+    """Number of the first row within the global batch."""
     cursors: Any = None
     """Where the feed stands after this batch, as plain JSON values; saved with the run."""
 
@@ -38,8 +42,10 @@ class Batch:
     def split(self, rows: int) -> Iterator["Batch"]:
         """Micro-batches of `rows` rows (the last may have fewer)."""
         names = ("tokens", "targets", "weights", "positions", "documents")
-        for parts in zip(*(getattr(self, name).split(rows) for name in names), strict=True):
-            yield dataclasses.replace(self, **dict(zip(names, parts, strict=True)))
+        pieces = zip(*(getattr(self, name).split(rows) for name in names), strict=True)
+        for i, parts in enumerate(pieces):
+            first = self.first_row + i * rows
+            yield dataclasses.replace(self, first_row=first, **dict(zip(names, parts, strict=True)))
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`, copied without blocking where its memory is pinned."""

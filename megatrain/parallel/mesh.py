@@ -48,7 +48,9 @@ class Axis:
             LayoutError: `n` does not divide.
         """
         if n % self.size:
-            raise LayoutError(f"{what}={n} cannot be split over {self.name}={self.size}: pick {self.name} from {divisors(n)}")
+            raise LayoutError(
+                f"{what}={n} cannot be split over {self.name}={self.size}: pick {self.name} from {divisors(n)}"
+            )
         each = n // self.size
         return self.rank * each, (self.rank + 1) * each
 

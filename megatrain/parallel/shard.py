@@ -49,8 +49,13 @@ class Shard:
 
     @property
     def whole(self) -> bool:
-        """This rank holds all of it."""
-        return self.local_shape == self.full_shape
+        """This rank holds all of it, in the full tensor's order."""
+        edges = [
+            0,
+            *(edge for part in self.parts for edge in (part.start, part.stop)),
+            *self.full_shape[self.dim :][:1],
+        ]
+        return len(edges) % 2 == 0 and all(a == b for a, b in zip(edges[::2], edges[1::2], strict=True))
 
     def cut(self, full: Tensor) -> Tensor:
         """This rank's part of the full tensor, a copy of its own."""

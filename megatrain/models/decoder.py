@@ -1,0 +1,266 @@
+"""The decoder-only Transformer: embedding, blocks, norm, head (Radford et al. 2018; Touvron et al. 2023, arXiv:2302.13971)."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor, nn
+
+from megatrain.base.random import seed_of
+from megatrain.data.batch import Batch
+from megatrain.models import MODEL
+from megatrain.models.block import BLOCKS
+from megatrain.nn.attention import ATTENTION, AttentionCase
+from megatrain.nn.attention.causal import Causal
+from megatrain.nn.attention.layer import SelfAttention, residual_std
+from megatrain.nn.dropout import Dropout, Noise
+from megatrain.nn.feed_forward import FEED_FORWARD
+from megatrain.nn.feed_forward.swiglu import SwiGLU
+from megatrain.nn.norm import NORM
+from megatrain.nn.norm.rms_norm import RMSNorm
+from megatrain.nn.position import POSITION
+from megatrain.nn.position.rotary import Rotary
+from megatrain.nn.where import KeyValueCache, Where
+from megatrain.parallel.cross_entropy import linear_cross_entropy
+from megatrain.parallel.embedding import VocabParallelEmbedding, vocabulary_shard
+from megatrain.parallel.mesh import divisors
+from megatrain.parallel.shard import normal, parameter
+from megatrain.parallel.tensor import TensorParallel
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Model FLOPs of training on one token, forward and backward, without recomputation.
+
+    `causal` counts the half of the attention square that causal masking leaves; `palm` all of it, as the PaLM paper
+    does (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
+    """
+
+    causal: float
+    palm: float
+
+
+@MODEL.register("decoder")
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    d_model: int
+    n_layers: int
+    n_heads: int
+    d_ff: int
+    n_kv_heads: int | None = None
+    """Heads of keys and values (Ainslie et al. 2023, arXiv:2305.13245); as many as n_heads by default."""
+    head_dim: int | None = None
+    """d_model / n_heads by default."""
+    vocab_size: int | None = None
+    """Rows of the embedding: the tokenizer's vocabulary by default; more are padding that never enters the loss."""
+    tie_embeddings: bool = True
+    """The head is the embedding (Press and Wolf 2017, arXiv:1608.05859)."""
+    dropout: float = 0.0
+    """Share of each sublayer's output and of the embedding that is dropped in training."""
+    init_std: float = 0.02
+    """Standard deviation of the weights at the start; those that feed the residual get less, by depth."""
+    norm: Annotated[Any, NORM] = field(default_factory=RMSNorm)
+    position: Annotated[Any, POSITION] = field(default_factory=Rotary)
+    attention: Annotated[Any, ATTENTION] = field(default_factory=Causal)
+    feed_forward: Annotated[Any, FEED_FORWARD] = field(default_factory=SwiGLU)
+
+    def problems(self) -> list[str]:
+        sizes = {"d_model": self.d_model, "n_layers": self.n_layers, "n_heads": self.n_heads, "d_ff": self.d_ff}
+        found = [f"{name}={value}: it must be at least 1" for name, value in sizes.items() if value < 1]
+        if found:
+            return found
+        if self.head_dim is None and self.d_model % self.n_heads:
+            found.append(
+                f"d_model={self.d_model} does not divide by n_heads={self.n_heads}: pick n_heads from "
+                f"{divisors(self.d_model)}, or give head_dim"
+            )
+        if self.kv_heads < 1 or self.n_heads % self.kv_heads:
+            found.append(
+                f"n_kv_heads={self.kv_heads} does not divide n_heads={self.n_heads}: pick it from {divisors(self.n_heads)}"
+            )
+        if not 0 <= self.dropout < 1:
+            found.append(f"dropout={self.dropout}: it is a share from 0 to below 1")
+        if found:
+            return found
+        case = AttentionCase(self.width_of_head, self.n_heads, self.kv_heads)
+        found += [f"attention {self.attention.kind}: {r}" for r in self.attention.unsupported_reasons(case)]
+        found += [f"position {self.position.kind}: {r}" for r in self.position.unsupported_reasons(self.width_of_head)]
+        return found
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def width_of_head(self) -> int:
+        return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
+
+    def layout_problems(self, tp: int) -> list[str]:
+        """Why this model cannot be cut over `tp` ranks, each with what would do."""
+        found = []
+        for name, n in {"n_heads": self.n_heads, "n_kv_heads": self.kv_heads, "d_ff": self.d_ff}.items():
+            if n % tp:
+                fits = divisors(n)
+                found.append(
+                    f"model.{name}={n} cannot be split over tp={tp}: pick tp from {fits}, or change model.{name}"
+                )
+        return found
+
+    def vocabulary_problems(self, n_valid: int) -> list[str]:
+        """Why this model cannot be trained on `n_valid` different tokens."""
+        if self.vocab_size is not None and self.vocab_size < n_valid:
+            return [
+                f"model.vocab_size={self.vocab_size} is smaller than the tokenizer's vocabulary of {n_valid}: leave it "
+                f"out, or set {n_valid} or more"
+            ]
+        return []
+
+    # --------------------------------------------------------------------------------- counting
+
+    def n_parameters(self, n_valid: int) -> int:
+        """All parameters of the undivided model, counted on one built without memory."""
+        with torch.device("meta"):
+            model = self.build(n_valid=n_valid, seq_len=1)
+        return sum(p.numel() for p in model.parameters())
+
+    def flops_per_token(self, n_valid: int, seq_len: int) -> Flops:
+        """Matrix products once forward and twice backward; the head counted, the embedding's look-up not."""
+        q, kv = self.n_heads * self.width_of_head, self.kv_heads * self.width_of_head
+        layer = self.d_model * (q + 2 * kv) + q * self.d_model + self.feed_forward.n_weights(self.d_model, self.d_ff)
+        products = 6 * (self.n_layers * layer + self.d_model * n_valid)
+        pair = 12 * self.n_layers * q / seq_len  # scores and values, 2 FLOPs each, forward and twice backward
+        pairs = self.attention.score_pairs(seq_len)
+        return Flops(products + pair * pairs, products + pair * seq_len * seq_len)
+
+    def build(
+        self,
+        *,
+        n_valid: int,
+        seq_len: int,
+        tp: TensorParallel = TensorParallel(),  # noqa: B008 (a frozen value)
+        seed: int = 0,
+    ) -> "DecoderModel":
+        """The model with uninitialised parameters (see parallel.shard.initialise).
+
+        Args:
+            n_valid: size of the tokenizer's vocabulary.
+            seq_len: longest sequence, which learned positions must know.
+            seed: what dropout is drawn from.
+        """
+        return DecoderModel(self, n_valid, seq_len, tp, seed)
+
+
+class Head(nn.Module):
+    """The output projection: rows of [v, d], cut over tensor-parallel ranks; tied, it holds the embedding's weight."""
+
+    def __init__(self, vocab_size: int, d_model: int, tp: TensorParallel, init_std: float, tied: nn.Parameter | None):
+        super().__init__()
+        self.tp = tp
+        shard = vocabulary_shard(vocab_size, d_model, tp, normal(init_std))
+        self.weight = parameter(shard) if tied is None else tied
+        self.first = shard.parts[0].start
+
+    def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor, n_valid: int) -> Tensor:
+        """Sum of weighted token losses of hidden [b, t or t / size, d]."""
+        hidden = self.tp.enter(hidden).flatten(0, 1)
+        return linear_cross_entropy(
+            hidden,
+            self.weight,
+            targets.flatten(),
+            weights.flatten(),
+            axis=self.tp.axis,
+            first=self.first,
+            n_valid=n_valid,
+        )
+
+
+class DecoderModel(nn.Module):
+    """A batch in, (loss sum, token count) out."""
+
+    def __init__(self, choice: Decoder, n_valid: int, seq_len: int, tp: TensorParallel, seed: int):
+        super().__init__()
+        c = choice
+        self.choice, self.n_valid, self.tp, self.seed = c, n_valid, tp, seed
+        rows = n_valid if c.vocab_size is None else c.vocab_size
+        out_std = residual_std(c.init_std, c.n_layers)
+        self.embedding = VocabParallelEmbedding(rows, c.d_model, tp, init=normal(c.init_std))
+        self.positions = c.position.build(c.d_model, seq_len, tp)
+        self.embedding_dropout = Dropout(c.dropout, "embedding")
+        self.layers = nn.ModuleDict({str(i): self._block(i, out_std) for i in range(c.n_layers)})
+        self.norm = c.norm.build(c.d_model, tp) if c.norm.placement == "pre" else nn.Identity()
+        tied = self.embedding.weight if c.tie_embeddings else None
+        self.head = Head(rows, c.d_model, tp, c.init_std, tied)
+
+    def _block(self, i: int, out_std: float) -> nn.Module:
+        c, tp, name = self.choice, self.tp, f"layers.{i}"
+        attention = SelfAttention(
+            d_model=c.d_model,
+            n_heads=c.n_heads,
+            n_kv_heads=c.kv_heads,
+            head_dim=c.width_of_head,
+            kind=c.attention,
+            position=c.position,
+            norm=c.norm,
+            tp=tp,
+            name=name,
+            init_std=c.init_std,
+            out_std=out_std,
+            out_bias=getattr(c.feed_forward, "bias", False),
+        )
+        feed_forward = c.feed_forward.build(c.d_model, c.d_ff, tp, init_std=c.init_std, out_std=out_std)
+        norms = (c.norm.build(c.d_model, tp), c.norm.build(c.d_model, tp))
+        return BLOCKS[c.norm.placement](
+            attention, feed_forward, norms, lambda sublayer: Dropout(c.dropout, f"{name}.{sublayer}")
+        )
+
+    # --------------------------------------------------------------------------------- forward
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(sum of weighted token losses in nats, sum of weights), float32 scalars, the same on every tp rank."""
+        where = Where(batch.positions, batch.documents, batch.packed, noise=self._noise(batch))
+        hidden = self.hidden(batch.tokens, where)
+        loss = self.head.loss(hidden, batch.targets, batch.weights, self.n_valid)
+        return loss, batch.weights.sum()
+
+    def hidden(self, tokens: Tensor, where: Where) -> Tensor:
+        """tokens [b, t] -> hidden states after the last norm, [b, t or t / size, d]."""
+        c = self.choice
+        where.tables = c.position.prepare(where.positions, c.width_of_head)
+        if where.cache is None:
+            where.mask = c.attention.prepare(where)
+        x = self.embedding(tokens)
+        if self.positions is not None:
+            x = x + self.positions(where.positions)
+        x = self.embedding_dropout(x, where.noise)
+        for block in self.layers.values():
+            x = block(x, where)
+        return self.norm(x)
+
+    def logits(self, tokens: Tensor, where: Where) -> Tensor:
+        """tokens [b, t] -> float32 logits [b, t, n_valid], on one tensor-parallel rank."""
+        if self.tp.size > 1:
+            raise ValueError("logits are made on one tensor-parallel rank: load the model with tp=1")
+        return (self.hidden(tokens, where) @ self.head.weight[: self.n_valid].T).float()
+
+    def decode(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+        """Logits [b, t, n_valid] of tokens [b, t] that follow what `cache` holds; the cache then holds them too."""
+        b, t = tokens.shape
+        where = Where.decoding(cache.length, t, b, tokens.device, cache)
+        keys = torch.arange(cache.length + t, device=tokens.device)
+        where.mask = self.choice.attention.visible(where.positions[:1, :, None], keys[None, None])[:, None]
+        logits = self.logits(tokens, where)
+        cache.length += t
+        return logits
+
+    def _noise(self, batch: Batch) -> Noise | None:
+        if not (self.training and self.choice.dropout):
+            return None
+        key = torch.tensor(seed_of(self.seed, "dropout", batch.step), device=batch.tokens.device)
+        seq_len = batch.tokens.shape[1]
+        first = self.tp.axis.part(seq_len, "sequence length")[0] if self.tp.cuts_sequence else 0
+        return Noise(key, batch.first_row, first, seq_len)
+
+    def compile_blocks(self) -> None:
+        """Compile each block's forward; equal blocks share one graph, and hooks of engines stay outside of it."""
+        for block in self.layers.values():
+            block.forward = torch.compile(block.forward, fullgraph=True)  # type: ignore[method-assign]

@@ -1,0 +1,43 @@
+"""Causal attention: each token sees itself and all before it in its document (Vaswani et al. 2017, arXiv:1706.03762)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatrain.nn.attention import ATTENTION, AttentionCase
+from megatrain.nn.attention.kernel import dense, scaled_dot_product
+from megatrain.nn.where import Where
+
+
+@ATTENTION.register("causal")
+@dataclass(frozen=True, kw_only=True)
+class Causal:
+    qk_norm: bool = False
+    """Normalise queries and keys over each head before the product (Henry et al. 2020, arXiv:2010.04245)."""
+    bias: bool = False
+    """Biases in the projections to queries, keys and values."""
+
+    def unsupported_reasons(self, case: AttentionCase) -> list[str]:
+        return [] if case.causal else ["causal attention looks back only"]
+
+    def visible(self, q: Tensor, k: Tensor) -> Tensor:
+        """Which keys a query sees, from positions that broadcast: bool."""
+        return q >= k
+
+    def prepare(self, where: Where) -> Tensor | None:
+        """The mask of a pass, or None where the kernel's own causal path does."""
+        return where.visible(self.visible) if where.packed else None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
+        return scaled_dot_product(q, k, v, where.mask, causal=True)
+
+    def reference(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
+        return dense(q, k, v, where.visible(self.visible))
+
+    def score_pairs(self, seq_len: int) -> float:
+        """Pairs of query and key of one sequence, per head: the half square that MFU counts."""
+        return seq_len * seq_len / 2
+
+    @classmethod
+    def examples(cls) -> list["Causal"]:
+        return [cls(), cls(qk_norm=True), cls(bias=True)]

@@ -1,0 +1,54 @@
+"""LayerNorm (Ba et al. 2016, arXiv:1607.06450): centre, divide by the standard deviation, scale and shift."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatrain.nn.norm import NORM
+from megatrain.parallel.shard import constant, parameter
+from megatrain.parallel.tensor import TensorParallel
+
+
+@NORM.register("layer_norm")
+@dataclass(frozen=True, kw_only=True)
+class LayerNorm:
+    eps: float = 1e-5
+    """Added to the variance before the root."""
+    placement: Literal["pre", "post"] = "pre"
+    """pre: before attention and feed-forward; post: after the residual is added, as in 2017."""
+    bias: bool = True
+
+    def problems(self) -> list[str]:
+        return [] if self.eps > 0 else [f"eps={self.eps}: it must be above 0"]
+
+    def build(self, width: int, tp: TensorParallel, *, partial: bool | None = None) -> nn.Module:
+        """A norm over the last dimension. `partial`: see `TensorParallel.copied`."""
+        return LayerNormLayer(width, self.eps, self.bias, tp, partial)
+
+    @classmethod
+    def examples(cls) -> list["LayerNorm"]:
+        return [cls(), cls(bias=False), cls(eps=1e-2)]
+
+
+class LayerNormLayer(nn.Module):
+    """[..., d] -> [..., d]."""
+
+    def __init__(self, width: int, eps: float, bias: bool, tp: TensorParallel, partial: bool | None):
+        super().__init__()
+        self.eps = eps
+        self.weight = parameter(tp.copied((width,), constant(1.0), partial=partial))
+        self.bias = parameter(tp.copied((width,), constant(0.0), partial=partial)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), bias, self.eps)
+
+    def reference(self, x: Tensor) -> Tensor:
+        """The paper's equation 4, in float64."""
+        y = x.double()
+        y = y - y.mean(-1, keepdim=True)
+        y = y / torch.sqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight.double()
+        return y if self.bias is None else y + self.bias.double()

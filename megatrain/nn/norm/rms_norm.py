@@ -1,0 +1,49 @@
+"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467): divide by the root mean square, scale by a learned weight."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatrain.nn.norm import NORM
+from megatrain.parallel.shard import constant, parameter
+from megatrain.parallel.tensor import TensorParallel
+
+
+@NORM.register("rms_norm")
+@dataclass(frozen=True, kw_only=True)
+class RMSNorm:
+    eps: float = 1e-5
+    """Added to the mean square before the root."""
+    placement: Literal["pre", "post"] = "pre"
+    """pre: before attention and feed-forward; post: after the residual is added, as in 2017."""
+
+    def problems(self) -> list[str]:
+        return [] if self.eps > 0 else [f"eps={self.eps}: it must be above 0"]
+
+    def build(self, width: int, tp: TensorParallel, *, partial: bool | None = None) -> nn.Module:
+        """A norm over the last dimension. `partial`: see `TensorParallel.copied`."""
+        return RMSNormLayer(width, self.eps, tp, partial)
+
+    @classmethod
+    def examples(cls) -> list["RMSNorm"]:
+        return [cls(), cls(eps=1e-2)]
+
+
+class RMSNormLayer(nn.Module):
+    """[..., d] -> [..., d]."""
+
+    def __init__(self, width: int, eps: float, tp: TensorParallel, partial: bool | None):
+        super().__init__()
+        self.eps = eps
+        self.weight = parameter(tp.copied((width,), constant(1.0), partial=partial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+
+    def reference(self, x: Tensor) -> Tensor:
+        """The paper's equation 4, in float64."""
+        y = x.double()
+        return y / torch.sqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight.double()

@@ -1,0 +1,69 @@
+"""What a layer must know of the tokens besides their hidden states; made once a forward pass, shared by all layers."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatrain.nn.dropout import Noise
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, for decoding one token after another.
+
+    Filled layer by layer; `length` moves once a forward pass, by the decoder.
+    """
+
+    capacity: int
+    length: int = 0
+    keys: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+    def extend(self, layer: str, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k and v [b, g, t, k] of `layer` and return all so far, [b, g, length + t, k].
+
+        Raises:
+            ValueError: more than `capacity` tokens.
+        """
+        stop = self.length + k.shape[2]
+        if stop > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens and {stop} were given: make it larger")
+        for store, new in ((self.keys, k), (self.values, v)):
+            if layer not in store:
+                store[layer] = new.new_empty((*new.shape[:2], self.capacity, new.shape[3]))
+            store[layer][:, :, self.length : stop] = new
+        return self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop]
+
+
+@dataclass
+class Where:
+    """Positions and documents of the tokens, and what attention and position scheme prepared from them.
+
+    `positions` int64 [b, t] count within a document; `documents` int32 [b, t] number the documents of a row.
+    """
+
+    positions: Tensor
+    documents: Tensor
+    packed: bool = False
+    """Some row may hold more than one document."""
+    mask: Tensor | None = None
+    """bool [b, 1, t, s], True where a query sees a key; None: plain causal attention over the row."""
+    tables: Any = None
+    """What the position scheme prepared (for rotary: cosines and sines)."""
+    cache: KeyValueCache | None = None
+    noise: Noise | None = None
+    """What dropout is drawn from; None where nothing is dropped (evaluation, generation)."""
+
+    def visible(self, visible: Any) -> Tensor:
+        """The mask [b, 1, t, s] of an attention kind, from its rule on positions and from document borders."""
+        q, k = self.positions[:, :, None], self.positions[:, None, :]
+        same = self.documents[:, :, None] == self.documents[:, None, :]
+        return (visible(q, k) & same)[:, None]
+
+    @classmethod
+    def decoding(cls, start: int, n_new: int, batch: int, device: torch.device, cache: KeyValueCache) -> "Where":
+        """`n_new` tokens that follow `start` cached ones, all of one document."""
+        positions = torch.arange(start, start + n_new, device=device).expand(batch, -1)
+        return cls(positions, torch.zeros_like(positions, dtype=torch.int32), cache=cache)

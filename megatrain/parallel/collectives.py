@@ -1,0 +1,75 @@
+"""Collectives as conjugate pairs: what runs forward and what runs backward (Shoeybi et al. 2019, arXiv:1909.08053,
+section 3; Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2).
+
+Bodies are functional collectives, which torch.compile traces; each is waited for at once, since an eager layer must not
+hand an unfinished tensor to a compiled one. On an axis of size 1 nothing is called at all.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor
+
+from megatrain.parallel.mesh import Axis
+
+# torch 2.13 renamed these two; the old names warn there and are the only ones in 2.11.
+_gather_tensor: Callable = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+_scatter_tensor: Callable = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
+
+SEQUENCE = 1
+"""Activations are [b, t, d]; sequence parallelism cuts t."""
+
+
+def all_reduce(x: Tensor, group: Any, operation: str = "sum") -> Tensor:
+    return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), operation, group))
+
+
+def all_gather(x: Tensor, group: Any, dim: int = SEQUENCE) -> Tensor:
+    return funcol.wait_tensor(_gather_tensor(x.contiguous(), dim, group))
+
+
+def reduce_scatter(x: Tensor, group: Any, dim: int = SEQUENCE) -> Tensor:
+    return funcol.wait_tensor(_scatter_tensor(x.contiguous(), "sum", dim, group))
+
+
+def _same(x: Tensor, group: Any) -> Tensor:
+    return x.view_as(x)
+
+
+def _pair(name: str, forward_of: Callable, backward_of: Callable) -> Callable[[Tensor, Axis], Tensor]:
+    class Pair(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+            ctx.group = group
+            return forward_of(x, group)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+            return backward_of(grads[0], ctx.group), None
+
+    Pair.__name__ = Pair.__qualname__ = name
+
+    def apply(x: Tensor, axis: Axis) -> Tensor:
+        return x if axis.size == 1 else Pair.apply(x, axis.group)
+
+    return apply
+
+
+copy = _pair("Copy", _same, all_reduce)
+"""Replicated input of a column-parallel product: its gradient is summed over the axis."""
+
+reduce = _pair("Reduce", all_reduce, _same)
+"""Output of a row-parallel product: partial sums are added."""
+
+gather = _pair("Gather", all_gather, reduce_scatter)
+"""`copy` under sequence parallelism: rows of the sequence are collected, their gradients summed and dealt out."""
+
+scatter = _pair("Scatter", reduce_scatter, all_gather)
+"""`reduce` under sequence parallelism: partial sums are added and dealt out over the sequence."""
+
+
+def own_rows(x: Tensor, axis: Axis) -> Tensor:
+    """This rank's rows of the sequence [b, t, ...] -> [b, t / size, ...]; no gradient crosses ranks."""
+    return x if axis.size == 1 else x.chunk(axis.size, SEQUENCE)[axis.rank].contiguous()

@@ -1,0 +1,125 @@
+"""The output head and its loss in one, so that the logits of all tokens never exist at once.
+
+Rows are taken in chunks. Since the loss is a plain sum, its gradient with respect to the logits of a chunk is known as
+soon as they are: softmax minus one-hot, times the target's weight. So the gradients of hidden states and head are made
+on the way forward, and backward only scales them. Under tensor parallelism each rank holds some columns of the logits,
+and three numbers a token cross ranks: the largest logit, the sum of exponentials, the target's logit.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatrain.parallel.collectives import all_reduce
+from megatrain.parallel.mesh import Axis
+
+CHUNK_BYTES = 8 * 2**20
+"""Memory of one chunk of float32 logits. Small enough for a CPU's cache, large enough for a good product."""
+
+GPU_CHUNK_BYTES = 512 * 2**20
+"""On a GPU larger chunks make better products."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, *, axis: Axis, first: int, n_valid: int
+) -> Tensor:
+    """Sum over tokens of weight x cross-entropy of softmax(hidden W^T), in nats.
+
+    Args:
+        hidden: [n, d], the same on every rank of `axis`; its gradient is a partial sum there.
+        weight: [v / size, d], this rank's rows of the head.
+        targets: int64 [n], in the numbering of the whole vocabulary.
+        weights: float32 [n].
+        axis: the tensor-parallel axis.
+        first: number of this rank's first row.
+        n_valid: size of the tokenizer's vocabulary; rows of the head beyond it are padding and take no part.
+
+    Returns:
+        float32 scalar.
+    """
+    n_local = max(0, min(weight.shape[0], n_valid - first))
+    return _LinearCrossEntropy.apply(hidden, weight, targets, weights, axis, first, n_local)
+
+
+def reference(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, *, n_valid: int) -> Tensor:
+    """The same on one rank, the plain way: all logits at once."""
+    logits = (hidden @ weight[:n_valid].T).float()
+    return (torch.nn.functional.cross_entropy(logits, targets, reduction="none") * weights).sum()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, axis: Axis, first: int, n_local: int
+    ) -> Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        with torch.autocast(device, enabled=False):
+            head = weight[:n_local].to(dtype)
+            total = hidden.new_zeros((), dtype=torch.float32)
+            grad_hidden = torch.empty_like(hidden) if needs_grad else None
+            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=hidden.device) if needs_grad else None
+            limit = CHUNK_BYTES if device == "cpu" else GPU_CHUNK_BYTES
+            rows = max(1, limit // (4 * max(1, n_local)))
+            for begin in range(0, hidden.shape[0], rows):
+                here = slice(begin, begin + rows)
+                x = hidden[here].to(dtype)
+                loss, grad = _chunk(x, head, targets[here], weights[here], axis, first, needs_grad)
+                total += loss
+                if grad is not None and grad_hidden is not None and grad_weight is not None:
+                    grad = grad.to(dtype)
+                    grad_hidden[here] = grad @ head
+                    _add_product(grad_weight[:n_local], grad, x)
+        if needs_grad:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden.mul_(grads[0]), grad_weight.mul_(grads[0]), None, None, None, None, None
+
+
+def _chunk(
+    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, axis: Axis, first: int, needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(weighted loss sum of a chunk, gradient with respect to its logits, float32)."""
+    logits = (x @ head.T).float()
+    if axis.size == 1:
+        # log_softmax reads the logits once; in float32 it equals logit - logsumexp to rounding
+        scores = torch.log_softmax(logits, -1)
+        loss = -(scores.gather(-1, targets[:, None])[:, 0] * weights).sum()
+        if not needs_grad:
+            return loss, None
+        grad = scores.exp_()
+        grad.scatter_add_(-1, targets[:, None], torch.full_like(weights, -1.0)[:, None])
+        return loss, grad.mul_(weights[:, None])
+
+    n_local = head.shape[0]
+    top = logits.amax(-1) if n_local else logits.new_full((logits.shape[0],), -torch.inf)
+    top = all_reduce(top, axis.group, "max")
+    logits -= top[:, None]
+    absent = (targets < first) | (targets >= first + n_local)
+    local = (targets - first).masked_fill(absent, 0)[:, None]
+    hit = logits.gather(-1, local)[:, 0].masked_fill(absent, 0.0) if n_local else torch.zeros_like(top)
+    exponentials = logits.exp_()
+    sums = all_reduce(torch.stack([exponentials.sum(-1), hit]), axis.group)
+    loss = ((sums[0].log() - sums[1]) * weights).sum()
+    if not needs_grad:
+        return loss, None
+    grad = exponentials.div_(sums[0][:, None])
+    if n_local:
+        grad.scatter_add_(-1, local, -(~absent).float()[:, None])
+    return loss, grad.mul_(weights[:, None])
+
+
+def _add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
+    """total += grad^T x, summed in float32 whatever the operands' format."""
+    if grad.dtype == total.dtype:
+        total.addmm_(grad.T, x)
+    elif grad.device.type == "cuda":
+        total += torch.mm(grad.T, x, out_dtype=torch.float32)  # type: ignore[call-overload]
+    else:
+        total += grad.T @ x
