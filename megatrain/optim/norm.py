@@ -1,0 +1,59 @@
+"""The norm of a gradient that is spread over ranks, and the two decisions taken from it: clip, and skip.
+
+Everything stays on the device: no number is brought to the host.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatrain.parallel.mesh import Axis
+from megatrain.parallel.shard import Shard
+
+
+def counted(shard: Shard, local: Tensor) -> list[Tensor]:
+    """The parts of `local` (of the shard's local shape) that this rank counts; copies are counted elsewhere."""
+    if all(part.counted for part in shard.parts):
+        return [local]
+    pieces = local.split([part.stop - part.start for part in shard.parts], shard.dim)
+    return [piece for part, piece in zip(shard.parts, pieces, strict=True) if part.counted]
+
+
+def squared_norm(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Sum of squares of all elements: a float64 scalar, so that no finite gradient has an infinite square."""
+    tensors = [t for t in tensors if t.numel()]
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
+
+
+def global_norm(squared: Tensor, axes: Iterable[Axis]) -> Tensor:
+    """2-norm from each rank's `squared_norm`, summed over `axes`: a float32 scalar, the same on all their ranks.
+
+    Args:
+        axes: those along which ranks count different elements: tp and pp, and data where gradients are partitioned.
+    """
+    total = squared.clone()
+    for axis in axes:
+        if axis.size > 1:
+            dist.all_reduce(total, group=axis.group)
+    return total.sqrt().float()
+
+
+def clip_divisor(norm: Tensor, limit: float | None) -> Tensor:
+    """What gradients are divided by so that their norm is at most `limit`: max(1, norm / limit), a float32 scalar.
+
+    Paper: Pascanu et al. 2012, arXiv:1211.5063, algorithm 1.
+    """
+    return (norm / (math.inf if limit is None else limit)).clamp(min=1.0)
+
+
+def not_finite(norm: Tensor) -> Tensor:
+    """1 where the gradient behind `norm` has an infinity or a NaN in it, else 0: a float32 scalar.
+
+    Every element enters the norm, so one look at it is a look at them all.
+    """
+    return (~torch.isfinite(norm)).float()

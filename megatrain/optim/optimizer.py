@@ -1,0 +1,133 @@
+"""What an optimiser is to the engines, and how parameters are sorted into groups with settings of their own."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatrain.base.registry import Registry
+
+
+class Optimizer(Protocol):
+    """A choice of the run file's `optimizer` section, registered in `OPTIMIZER`.
+
+    The torch optimiser it builds reads two attributes before it steps, as torch's fused ones do for loss scaling:
+    `grad_scale`, a scalar tensor that gradients are divided by, and `found_inf`, 1 to leave everything as it is. So
+    clipping and the finite decision stay on the device, and no step waits for a number to reach the host.
+    """
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate; a schedule scales it."""
+        ...
+
+    @property
+    def clip(self) -> float | None:
+        """Largest 2-norm of the whole gradient; None leaves it as it is."""
+        ...
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Names of the tensors it keeps for each parameter, each of the parameter's shape."""
+        ...
+
+    def build(self, named: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+        """A torch optimiser over these parameters, by full name; each group holds its `names` and `lr_scale`."""
+        ...
+
+    def allocate(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give every parameter the state it has before its first step, where it has none yet."""
+        ...
+
+    def unmatched(self, names: Iterable[str]) -> list[str]:
+        """A sentence for each group whose pattern matches none of `names`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Settings for the parameters whose full name matches a pattern; the first group that matches wins."""
+
+    match: str
+    """A shell pattern over the full name: `*.norm.*`, `embedding.weight`."""
+    weight_decay: float | None = None
+    """None: as without the group, which is the optimiser's, and 0 for vectors."""
+    lr_scale: float = 1.0
+    """Factor on the learning rate."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if not self.match:
+            found.append("match is empty: give a pattern of parameter names, for example *.norm.*")
+        if self.weight_decay is not None and self.weight_decay < 0:
+            found.append(f"weight_decay={self.weight_decay} must be at least 0")
+        if self.lr_scale < 0:
+            found.append(f"lr_scale={self.lr_scale} must be at least 0")
+        return found
+
+    def matches(self, name: str) -> bool:
+        return fnmatchcase(name, self.match)
+
+
+def parameter_groups(named: Mapping[str, Tensor], weight_decay: float, groups: Iterable[Group]) -> list[dict[str, Any]]:
+    """Parameters sorted into torch's parameter groups, one for each pair of settings, in order of appearance.
+
+    Parameters with one dimension or none (norm gains, biases) are not decayed unless a group says so: decay would pull
+    a gain to 0 and not to the 1 where it starts.
+    """
+    found: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, tensor in named.items():
+        group = next((g for g in groups if g.matches(name)), Group(match="*"))
+        decay = group.weight_decay
+        if decay is None:
+            decay = weight_decay if tensor.ndim > 1 else 0.0
+        settings = {"weight_decay": decay, "lr_scale": group.lr_scale}
+        into = found.setdefault((decay, group.lr_scale), {"params": [], "names": [], **settings})
+        into["params"].append(tensor)
+        into["names"].append(name)
+    return list(found.values())
+
+
+def unmatched(groups: Iterable[Group], names: Iterable[str]) -> list[str]:
+    """A sentence for each group whose pattern matches none of `names`, which is most likely a mistyped pattern."""
+    names = list(names)
+    examples = ", ".join(names[:3])
+    return [
+        f"optimizer.groups.{i}.match is {group.match!r}, which is the name of no parameter: names are like {examples}"
+        for i, group in enumerate(groups)
+        if not any(group.matches(name) for name in names)
+    ]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of the next step, scaled for each group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def guarded_step(optimizer: torch.optim.Optimizer, divisor: Tensor, found_inf: Tensor) -> None:
+    """One step on gradients divided by `divisor`, or nothing at all where `found_inf` is 1.
+
+    Args:
+        divisor: float32 scalar on the parameters' device.
+        found_inf: float32 scalar on the parameters' device, 0 or 1.
+    """
+    optimizer.grad_scale, optimizer.found_inf = divisor, found_inf  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+
+
+def allocate(optimizer: torch.optim.Optimizer, first: Callable[[Tensor], dict[str, Tensor]]) -> None:
+    """Give each parameter without state `first(parameter)`."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if not optimizer.state[p]:
+                optimizer.state[p] = first(p)
+
+
+OPTIMIZER: Registry[Any] = Registry("optimizer", "megatrain.optim.kinds")

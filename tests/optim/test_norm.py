@@ -1,0 +1,71 @@
+"""The norm of a spread gradient against the norm of the whole one."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatrain.optim.norm import clip_divisor, counted, global_norm, not_finite, squared_norm
+from megatrain.parallel.mesh import Mesh
+from megatrain.parallel.shard import Part, Shard, constant
+from tests.ranks import run
+
+CPU = torch.device("cpu")
+FULL = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+SHARDS = {  # rank 0 and rank 1 of tp=2: cut with one row of dimension 1 held twice, and a copy
+    "cut": [
+        Shard((4, 6), constant(0), dim=1, parts=(Part(0, 3), Part(3, 4))),
+        Shard((4, 6), constant(0), dim=1, parts=(Part(3, 4, counted=False), Part(4, 6))),
+    ],
+    "copy": [
+        Shard((4, 6), constant(0), parts=(Part(0, 4),)),
+        Shard((4, 6), constant(0), parts=(Part(0, 4, counted=False),)),
+    ],
+}
+
+
+def norm_over_tp() -> torch.Tensor:
+    axis = Mesh.of(tp=2).at(dist.get_rank()).connect().axis("tp")
+    pieces = [piece for s in SHARDS.values() for piece in counted(s[axis.rank], s[axis.rank].cut(FULL))]
+    return global_norm(squared_norm(pieces, CPU), [axis])
+
+
+def test_every_element_is_counted_once_over_the_ranks():
+    found = run(norm_over_tp, 2)
+    torch.testing.assert_close(found[0], (2 * FULL.square().sum()).sqrt(), rtol=1e-6, atol=0)
+    assert torch.equal(found[0], found[1])
+
+
+@given(st.lists(st.lists(st.floats(-(2.0**60), 2.0**60, width=32), max_size=5), max_size=4))
+def test_the_norm_of_a_list_of_tensors_is_the_norm_of_their_elements(lists):
+    elements = [x for row in lists for x in row]
+    found = global_norm(squared_norm([torch.tensor(row) for row in lists], CPU), [])
+    assert float(found) == pytest.approx(math.hypot(*elements), rel=1e-6, abs=1e-20)
+
+
+def test_a_large_finite_gradient_is_finite():
+    tensors = [torch.full((1,), 1e19), torch.full((1,), 1e19)]
+    norm = global_norm(squared_norm(tensors, CPU), [])
+    assert not_finite(norm) == 0
+    assert float(norm) == pytest.approx(math.sqrt(2) * 1e19)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_element_that_is_not_finite_is_seen(bad):
+    x = torch.zeros(1000)
+    x[777] = bad
+    assert not_finite(global_norm(squared_norm([torch.zeros(3), x], CPU), [])) == 1
+
+
+@given(st.floats(0, 1e6, width=32), st.floats(1e-3, 1e3))
+def test_a_clipped_gradient_has_at_most_the_limit_and_a_small_one_is_left_alone(norm, limit):
+    divisor = float(clip_divisor(torch.tensor(norm), limit))
+    assert norm / divisor <= limit * (1 + 1e-6)
+    assert divisor == 1 or norm > limit * (1 - 1e-6)
+
+
+def test_no_limit_leaves_any_gradient_alone():
+    assert clip_divisor(torch.tensor(1e30), None) == 1
