@@ -9,6 +9,7 @@ from megatrain.base.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+    from torch import dtype as Dtype
 
 KINDS = ("auto", "cpu", "cuda")
 
@@ -71,7 +72,7 @@ class Device:
 
         return torch.cuda.get_device_name(self.index) if self.kind == "cuda" else "CPU"
 
-    def peak_flops(self, dtype: "torch.dtype") -> tuple[float, str]:
+    def peak_flops(self, dtype: "Dtype") -> tuple[float, str]:
         """Peak FLOP/s for matrix products in `dtype`, and where the figure comes from."""
         import torch
 
@@ -117,8 +118,9 @@ def _measured_peak(device: "torch.device", dtype: "torch.dtype", n: int = 512) -
 def cpu_threads(local_ranks: int) -> int:
     """Threads for each of `local_ranks` processes on this node, so that they do not fight for cores.
 
-    OMP_NUM_THREADS, where it is set, is the user's word.
+    OMP_NUM_THREADS, where it is set, is the user's word (its first figure: it may list one for each nesting level).
     """
-    if "OMP_NUM_THREADS" in os.environ:
-        return max(1, int(os.environ["OMP_NUM_THREADS"]))
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if asked.isdecimal():
+        return max(1, int(asked))
     return max(1, len(os.sched_getaffinity(0)) // max(1, local_ranks))

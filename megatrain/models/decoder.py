@@ -1,4 +1,4 @@
-"""The decoder-only Transformer: embedding, blocks, norm, head (Radford et al. 2018; Touvron et al. 2023, arXiv:2302.13971)."""
+"""The decoder-only Transformer: embedding, blocks, norm, head (Touvron et al. 2023, arXiv:2302.13971)."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from megatrain.base.random import seed_of
-from megatrain.data.batch import Batch
 from megatrain.models import MODEL
 from megatrain.models.block import BLOCKS
 from megatrain.nn.attention import ATTENTION, AttentionCase
 from megatrain.nn.attention.causal import Causal
 from megatrain.nn.attention.layer import SelfAttention, residual_std
+from megatrain.nn.batch import Batch
 from megatrain.nn.dropout import Dropout, Noise
 from megatrain.nn.feed_forward import FEED_FORWARD
 from megatrain.nn.feed_forward.swiglu import SwiGLU
@@ -76,7 +76,8 @@ class Decoder:
             )
         if self.kv_heads < 1 or self.n_heads % self.kv_heads:
             found.append(
-                f"n_kv_heads={self.kv_heads} does not divide n_heads={self.n_heads}: pick it from {divisors(self.n_heads)}"
+                f"n_kv_heads={self.kv_heads} does not divide n_heads={self.n_heads}: pick it from "
+                f"{divisors(self.n_heads)}"
             )
         if not 0 <= self.dropout < 1:
             found.append(f"dropout={self.dropout}: it is a share from 0 to below 1")
@@ -263,4 +264,4 @@ class DecoderModel(nn.Module):
     def compile_blocks(self) -> None:
         """Compile each block's forward; equal blocks share one graph, and hooks of engines stay outside of it."""
         for block in self.layers.values():
-            block.forward = torch.compile(block.forward, fullgraph=True)  # type: ignore[method-assign]
+            block.forward = torch.compile(block.forward, fullgraph=True)

@@ -1,7 +1,7 @@
 """Dropout (Srivastava et al. 2014) whose mask is a function of the element, not of a hidden generator.
 
-Whether an element is dropped is a hash of (seed, step, layer, row of the global batch, token, channel). So the masks of a
-step are the same under every layout, micro-batch size and recomputation, which hidden random state can never promise.
+Whether an element is dropped is a hash of (seed, step, layer, row of the global batch, token, channel). So the masks of
+a step are the same under every layout, micro-batch size and recomputation, which hidden random state can never promise.
 """
 
 from dataclasses import dataclass

@@ -120,6 +120,6 @@ def _add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
     if grad.dtype == total.dtype:
         total.addmm_(grad.T, x)
     elif grad.device.type == "cuda":
-        total += torch.mm(grad.T, x, out_dtype=torch.float32)  # type: ignore[call-overload]
+        total += torch.mm(grad.T, x, out_dtype=torch.float32)
     else:
         total += grad.T @ x

@@ -16,7 +16,7 @@ from megatrain.parallel.tensor import TensorParallel
 class Product(Protocol):
     """How a linear layer multiplies: in which number format, with which kernel."""
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, /) -> Tensor:
         """[..., i], [o, i], [o] -> [..., o]."""
         ...
 

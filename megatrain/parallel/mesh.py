@@ -139,7 +139,7 @@ class Mesh:
         for axis in reversed(ORDER):
             strides[axis] = stride
             stride *= getattr(self, axis)
-        rows = {}
+        rows: dict[int, list[int]] = {}
         for rank in range(self.size):
             origin = rank - sum((rank // strides[a] % getattr(self, a)) * strides[a] for a in along)
             rows.setdefault(origin, []).append(rank)

@@ -5,6 +5,7 @@ seen as a matrix whose rows are the dimensions before the cut one (`dim`) and wh
 is then one or more blocks of columns, and a flat range of it a few rectangles (`Box`) of the full matrix.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -50,12 +51,8 @@ class Shard:
     @property
     def whole(self) -> bool:
         """This rank holds all of it, in the full tensor's order."""
-        edges = [
-            0,
-            *(edge for part in self.parts for edge in (part.start, part.stop)),
-            *self.full_shape[self.dim :][:1],
-        ]
-        return len(edges) % 2 == 0 and all(a == b for a, b in zip(edges[::2], edges[1::2], strict=True))
+        in_order = all(a.stop == b.start for a, b in itertools.pairwise(self.parts))
+        return in_order and self.local_shape == self.full_shape
 
     def cut(self, full: Tensor) -> Tensor:
         """This rank's part of the full tensor, a copy of its own."""
@@ -156,9 +153,14 @@ def parameter(shard: Shard, **options: Any) -> nn.Parameter:
     return p
 
 
+def shard_of(p: Tensor) -> Shard:
+    """The shard that `parameter` put there."""
+    return p.shard  # type: ignore[attr-defined]
+
+
 def shards(model: nn.Module) -> dict[str, Shard]:
     """The shard of every parameter by its full name. Engines that replace parameters ask before they do."""
-    return {name: p.shard for name, p in model.named_parameters()}
+    return {name: shard_of(p) for name, p in model.named_parameters()}
 
 
 @torch.no_grad()
@@ -168,8 +170,8 @@ def initialise(model: nn.Module, seed: int) -> None:
     So every layout starts from the same weights, to the last bit.
     """
     for name, p in model.named_parameters():
-        full = p.shard.init(p.shard.full_shape, generator(seed, name))
-        p.copy_(p.shard.cut(full))
+        shard = shard_of(p)
+        p.copy_(shard.cut(shard.init(shard.full_shape, generator(seed, name))))
 
 
 def summed_over_tp(named: Iterable[tuple[str, Shard]]) -> list[str]:

@@ -13,8 +13,8 @@ from megatrain.parallel.shard import Init, Part, Shard
 class TensorParallel:
     """The tensor-parallel axis, and whether activations between layers are cut over the sequence.
 
-    With `sequence` (Korthikanti et al. 2022, arXiv:2205.05198), what lies between two parallel layers (norms, residuals)
-    holds seq / size rows; without, every rank holds all of them.
+    With `sequence` (Korthikanti et al. 2022, arXiv:2205.05198), what lies between two parallel layers (norms,
+    residuals) holds seq / size rows; without, every rank holds all of them.
     """
 
     axis: Axis = ALONE

@@ -1,4 +1,4 @@
-"""Causal attention: each token sees itself and all before it in its document (Vaswani et al. 2017, arXiv:1706.03762)."""
+"""Causal attention: a token sees itself and what precedes it (Vaswani et al. 2017, arXiv:1706.03762)."""
 
 from dataclasses import dataclass
 

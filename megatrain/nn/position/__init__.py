@@ -1,7 +1,7 @@
 """How a model knows the order of its tokens. To add a scheme, add a file that registers it.
 
-A scheme may add a vector to each embedded token (`build`), turn queries and keys (`prepare` once a pass, `rotate` in each
-layer), or both.
+A scheme may add a vector to each embedded token (`build`), turn queries and keys (`prepare` once a pass, `rotate` in
+each layer), or both.
 """
 
 from typing import Any

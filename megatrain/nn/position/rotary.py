@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021, arXiv:2104.09864): queries and keys are turned by an angle that grows with position.
+"""Rotary positions (Su et al. 2021, arXiv:2104.09864): queries and keys turn by an angle that grows with position.
 
 The pairs that turn together are the two halves of a head (k and k + head_dim/2), as in Llama's published weights in
 the transformers library; the paper pairs neighbours, which is a fixed permutation of the same thing.

@@ -1,0 +1,55 @@
+"""What a model is trained on: rows of tokens with everything an attention mask needs to be built from."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of a batch; every tensor is [rows, seq].
+
+    Masks are not data: each attention kind builds its own from `positions` and `documents`.
+    """
+
+    tokens: Tensor
+    """int64: what the model reads."""
+    targets: Tensor
+    """int64: the token that follows each."""
+    weights: Tensor
+    """float32: what each target counts in the loss; 0 leaves it out."""
+    positions: Tensor
+    """int64: position of each token within its document."""
+    documents: Tensor
+    """int32: number of each token's document within its row; equal numbers may attend to each other."""
+    packed: bool = True
+    """Some row may hold more than one document. Known on the host, so that masks are skipped without asking a GPU."""
+    step: int = 0
+    """Number of the global batch these rows are from; with `first_row` it names each element, for dropout."""
+    first_row: int = 0
+    """Number of the first row within the global batch."""
+    cursors: Any = None
+    """Where the feed stands after this batch, as plain JSON values; saved with the run."""
+
+    @property
+    def rows(self) -> int:
+        return self.tokens.shape[0]
+
+    def split(self, rows: int) -> Iterator["Batch"]:
+        """Micro-batches of `rows` rows (the last may have fewer)."""
+        names = ("tokens", "targets", "weights", "positions", "documents")
+        pieces = zip(*(getattr(self, name).split(rows) for name in names), strict=True)
+        for i, parts in enumerate(pieces):
+            first = self.first_row + i * rows
+            yield dataclasses.replace(self, first_row=first, **dict(zip(names, parts, strict=True)))
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`, copied without blocking where its memory is pinned."""
+        if self.tokens.device == device:
+            return self
+        names = ("tokens", "targets", "weights", "positions", "documents")
+        return dataclasses.replace(self, **{n: getattr(self, n).to(device, non_blocking=True) for n in names})
