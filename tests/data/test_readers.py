@@ -1,0 +1,149 @@
+"""Readers make every document exactly once, in a fixed order, however the input is cut into chunks."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatrain.base.errors import DataError
+from megatrain.data.documents import Document, Refused
+from megatrain.data.sources import chunks_of, find_sources
+
+
+def read(*inputs: Path, include=(), exclude=(), **options) -> list[Document | Refused]:
+    sources = find_sources(inputs, include, exclude)
+    chunks = list(chunks_of(sources, options))
+    assert sum(chunk.size for chunk in chunks) == sum(source.size for source in sources)  # progress ends at 100%
+    return [found for chunk in chunks for found in chunk.documents()]
+
+
+def texts(found) -> list[str]:
+    assert all(isinstance(document, Document) for document in found), found
+    return [document.text for document in found]
+
+
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines=st.lists(st.text().filter(str.strip), max_size=20), chunk_bytes=st.integers(1, 400), last=st.booleans())
+def test_json_lines_gives_each_line_once_for_any_chunk_size(tmp_path, compression, lines, chunk_bytes, last):
+    path = tmp_path / f"a.jsonl{compression}"
+    content = "\n".join(json.dumps({"text": line}, ensure_ascii=False) for line in lines).replace("\u2028", " ")
+    path.write_bytes(COMPRESS[compression]((content + ("\n" if last else "") or " ").encode()))
+    found = read(path, chunk_bytes=chunk_bytes)
+    assert texts(found) == [line.replace("\u2028", " ") for line in lines]
+    assert [document.id for document in found] == [f"{path.name}:{i}" for i in range(1, len(lines) + 1)]
+
+
+def test_json_lines_says_why_a_line_is_no_document(tmp_path):
+    path = tmp_path / "a.jsonl"
+    bad = [
+        b"{",
+        b'{"body": "x"}',
+        b'{"text": 3}',
+        b"[1]",
+        b'{"text": "\xff"}',
+        b'{"text": "\\ud800"}',
+        b'{"text": " "}',
+    ]
+    path.write_bytes(b"\n".join([*bad, b"[" * 100_000, b'{"text": "good"}']))
+    *refused, good = read(path)
+    no_text = "no text under 'text'"
+    reasons = ["not JSON", no_text, no_text, no_text, "not UTF-8", "not UTF-8", "empty", "not JSON"]
+    assert [found.reason for found in refused] == reasons
+    assert good == Document("a.jsonl:9", "good")
+
+
+@given(paragraphs=st.lists(st.text(alphabet="aé東 \n", min_size=1, max_size=60), min_size=1, max_size=20))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_long_prose_is_cut_without_losing_a_character(tmp_path, paragraphs):
+    path = tmp_path / "a.txt"
+    whole = "\n\n".join(paragraphs) + "."
+    path.write_bytes(whole.encode())
+    found = read(path, piece_bytes=16, chunk_bytes=64)
+    kept = "".join(document.text for document in found if isinstance(document, Document))
+    assert kept.split() == whole.split()
+    assert not any(f.reason == "not UTF-8" for f in found if isinstance(f, Refused))
+    assert all(len(text.encode()) <= 32 for text in texts(f for f in found if isinstance(f, Document)))
+
+
+def test_long_prose_is_cut_at_blank_lines(tmp_path):
+    (tmp_path / "a.txt").write_text("one two\n\nthree four\n\nfive six\n\nseven eight")
+    found = texts(read(tmp_path / "a.txt", piece_bytes=11))
+    assert found[0] == "one two\n\nthree four\n\n"
+    assert "".join(found).endswith("seven eight")
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("chunk_bytes", [1, 7, 10**6])
+def test_a_separator_divides_a_text_file(tmp_path, compression, chunk_bytes):
+    (tmp_path / f"a.txt{compression}").write_bytes(COMPRESS[compression](b"one<|e|>two\n\ntwo<|e|>three"))
+    found = read(tmp_path / f"a.txt{compression}", separator="<|e|>", chunk_bytes=chunk_bytes)
+    assert texts(found) == ["one", "two\n\ntwo", "three"]
+
+
+def test_a_folder_is_walked_in_sorted_order_without_hidden_files(tmp_path):
+    for name in ("b/z.py", "b/a.py", "a.py", "c.md", ".git/config", "b/__pycache__/a.pyc", ".hidden.py", "b/é.py"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(name)
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "linked.py").symlink_to(tmp_path / "a.py")
+    assert [d.id for d in read(tmp_path)] == ["a.py", "b/a.py", "b/z.py", "b/é.py", "c.md", "linked.py"]
+    assert [d.id for d in read(tmp_path, include=["*.py"], exclude=["b"])] == ["a.py", "linked.py"]
+    assert [d.id for d in read(tmp_path, include=["b/*.py"], exclude=["z*"])] == ["b/a.py", "b/é.py"]
+
+
+def test_ids_of_several_inputs_differ_even_where_names_do_not(tmp_path):
+    for name in ("x/data/a.txt", "y/data/a.txt", "z/a.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(name)
+    found = read(tmp_path / "x/data", tmp_path / "y/data", tmp_path / "z/a.txt")
+    assert [document.id for document in found] == ["0:data/a.txt", "1:data/a.txt", "a.txt"]
+
+
+def test_a_file_that_is_no_text_is_refused_and_the_others_are_read(tmp_path):
+    for name, content in {"a": b"\xff\xfeabc", "b": b"\x7fELF\0\0", "c": b" \n", "d": b"\xef\xbb\xbftext"}.items():
+        (tmp_path / name).write_bytes(content)
+    found = read(tmp_path)
+    assert [f.reason for f in found[:3]] == ["not UTF-8", "binary", "empty"]
+    assert found[3] == Document("d", "text")  # its byte order mark is no text
+
+
+@pytest.mark.parametrize("compression", [".gz", ".zst"])
+def test_a_compressed_file_that_is_cut_or_damaged_is_an_error(tmp_path, compression):
+    whole = COMPRESS[compression](b"".join(b'{"text": "%d"}\n' % i for i in range(2000)))
+    path = tmp_path / f"a.jsonl{compression}"
+    path.write_bytes(whole[:-1])
+    with pytest.raises(DataError, match=r"a.jsonl.* is cut"):
+        read(path)
+    path.write_bytes(b"\0" * 4 + whole[4:])
+    with pytest.raises(DataError, match=r"a.jsonl.* is damaged"):
+        read(path)
+
+
+@pytest.mark.parametrize("compression", [".gz", ".zst"])
+def test_compressed_files_that_were_appended_to_each_other_are_read_whole(tmp_path, compression):
+    path = tmp_path / f"a.jsonl{compression}"
+    path.write_bytes(COMPRESS[compression](b'{"text": "1"}\n') + COMPRESS[compression](b'{"text": "2"}\n'))
+    assert texts(read(path)) == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda p: None, "does not exist"),
+        (lambda p: p.mkdir(), "no file to read"),
+        (lambda p: p.write_bytes(b""), "is empty"),
+    ],
+)
+def test_input_without_text_is_refused(tmp_path, make, says):
+    make(tmp_path / "input")
+    with pytest.raises(DataError, match=says):
+        find_sources([tmp_path / "input"])
