@@ -1,6 +1,6 @@
 """What an optimiser is to the engines, and how parameters are sorted into groups with settings of their own."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
@@ -38,8 +38,8 @@ class Optimizer(Protocol):
         """A torch optimiser over these parameters, by full name; each group holds its `names` and `lr_scale`."""
         ...
 
-    def allocate(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give every parameter the state it has before its first step, where it has none yet."""
+    def allocate(self, optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -> None:
+        """Give each of these parameters the state it has before its first step, where it has none yet."""
         ...
 
     def unmatched(self, names: Iterable[str]) -> list[str]:
@@ -122,12 +122,17 @@ def guarded_step(optimizer: torch.optim.Optimizer, divisor: Tensor, found_inf: T
         del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
 
 
-def allocate(optimizer: torch.optim.Optimizer, first: Callable[[Tensor], dict[str, Tensor]]) -> None:
-    """Give each parameter without state `first(parameter)`."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if not optimizer.state[p]:
-                optimizer.state[p] = first(p)
+def step_count(optimizer: torch.optim.Optimizer) -> int:
+    """Steps taken so far, as the optimiser counts them; skipped ones are not among them. Waits for the device."""
+    counts = {int(state["step"]) for state in optimizer.state.values() if "step" in state}
+    return max(counts, default=0)
+
+
+def set_step_count(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Continue counting from `steps`."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(steps)
 
 
 OPTIMIZER: Registry[Any] = Registry("optimizer", "megatrain.optim.kinds")

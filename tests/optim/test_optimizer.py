@@ -9,7 +9,15 @@ from torch import nn
 from megatrain.config.build import build
 from megatrain.config.source import Node
 from megatrain.optim.kinds.adamw import AdamW
-from megatrain.optim.optimizer import OPTIMIZER, Group, guarded_step, parameter_groups, set_lr
+from megatrain.optim.optimizer import (
+    OPTIMIZER,
+    Group,
+    guarded_step,
+    parameter_groups,
+    set_lr,
+    set_step_count,
+    step_count,
+)
 
 ONE, ZERO = torch.tensor(1.0), torch.tensor(0.0)
 
@@ -79,7 +87,7 @@ def test_a_step_with_found_inf_changes_nothing_at_all(kind):
     choice = OPTIMIZER[kind](lr=0.1)
     named = tensors()
     optimizer = choice.build(named)
-    choice.allocate(optimizer)
+    choice.allocate(optimizer, named.values())
     set_gradients(named, 1)
     guarded_step(optimizer, ONE, ZERO)
     before = copy.deepcopy((named, optimizer.state_dict()["state"]))
@@ -89,6 +97,7 @@ def test_a_step_with_found_inf_changes_nothing_at_all(kind):
     after = (named, optimizer.state_dict()["state"])
     for name in named:
         assert torch.equal(before[0][name], after[0][name])
+    assert step_count(optimizer) == 1
     for i, state in before[1].items():
         assert all(torch.equal(value, after[1][i][key]) for key, value in state.items())
 
@@ -98,7 +107,7 @@ def test_allocated_state_is_the_state_before_the_first_step(kind):
     choice = OPTIMIZER[kind](lr=0.1)
     ours, theirs = tensors(), tensors()
     allocated, fresh = choice.build(ours), choice.build(theirs)
-    choice.allocate(allocated)
+    choice.allocate(allocated, ours.values())
     for name, p in ours.items():
         assert set(choice.states) <= set(allocated.state[p]), name
         assert all(allocated.state[p][s].shape == p.shape for s in choice.states)
@@ -107,6 +116,18 @@ def test_allocated_state_is_the_state_before_the_first_step(kind):
     guarded_step(allocated, ONE, ZERO)
     guarded_step(fresh, ONE, ZERO)
     assert all(torch.equal(p, theirs[name]) for name, p in ours.items())
+
+
+def test_the_step_count_can_be_read_and_set():
+    named = tensors()
+    choice = AdamW(lr=0.1)
+    optimizer = choice.build(named)
+    assert step_count(optimizer) == 0
+    choice.allocate(optimizer, named.values())
+    set_step_count(optimizer, 41)
+    set_gradients(named, 1)
+    guarded_step(optimizer, ONE, ZERO)
+    assert step_count(optimizer) == 42
 
 
 def test_vectors_are_not_decayed_and_the_first_matching_group_wins():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatrain.optim.optimizer import OPTIMIZER, Group, allocate, parameter_groups, unmatched
+from megatrain.optim.optimizer import OPTIMIZER, Group, parameter_groups, unmatched
 
 
 @OPTIMIZER.register("adamw")
@@ -51,12 +51,11 @@ class AdamW:
         groups = parameter_groups(named, self.weight_decay, self.groups)
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
 
-    def allocate(self, optimizer: torch.optim.Optimizer) -> None:
-        def zeros(p: Tensor) -> dict[str, Tensor]:
-            step = torch.zeros((), dtype=torch.float32, device=p.device)
-            return {"step": step} | {state: torch.zeros_like(p.data) for state in self.states}
-
-        allocate(optimizer, zeros)
+    def allocate(self, optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -> None:
+        for p in tensors:
+            if not optimizer.state[p]:
+                step = torch.zeros((), dtype=torch.float32, device=p.device)
+                optimizer.state[p] = {"step": step} | {state: torch.zeros_like(p.data) for state in self.states}
 
     def unmatched(self, names: Iterable[str]) -> list[str]:
         return unmatched(self.groups, names)

@@ -1,0 +1,124 @@
+"""The seam between the loop and the engines."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megatrain.base.device import Device
+from megatrain.base.registry import Registry
+from megatrain.nn.batch import Batch
+from megatrain.parallel.mesh import Mesh
+from megatrain.parallel.shard import Slice
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step did. Tensors are scalars on the device: reading them waits for the step, so read them late."""
+
+    loss: Tensor
+    """Mean loss per target token over the whole global batch, nats."""
+    tokens: Tensor
+    """Sum of the target weights of the global batch."""
+    grad_norm: Tensor
+    """2-norm of the gradient of `loss` over all parameters, before clipping."""
+    skipped: Tensor
+    """1 if the gradient was not finite and nothing was changed, else 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """In which number formats a run computes: the run file's `precision` section.
+
+    With bf16 parameters the optimiser works on float32 masters. Gradients are accumulated and reduced in float32
+    always.
+    """
+
+    compute: Literal["fp32", "bf16"] = "fp32"
+    """What matrix products take."""
+    parameters: Literal["fp32", "bf16"] = "fp32"
+    """How weights are kept between steps."""
+
+    def problems(self) -> list[str]:
+        if self.parameters == "bf16" and self.compute == "fp32":
+            return ["parameters=bf16 cannot be computed with in fp32: set compute=bf16, or parameters=fp32"]
+        return []
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What products cast to, where that is not the format of the parameters."""
+        return torch.bfloat16 if self.compute != self.parameters else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineCase:
+    """What an engine would have to do, known before anything is built."""
+
+    zero: int = 0
+    """Stage of ZeRO: 1 shards optimiser state over data-parallel ranks, 2 also gradients, 3 also parameters."""
+    pp: int = 1
+    precision: Precision = field(default_factory=Precision)
+
+
+class Model(Protocol):
+    """What an engine drives: a module that turns a batch into a loss sum and a count."""
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(sum of weighted token losses in nats, sum of weights), both float32 scalars."""
+        ...
+
+
+class Engine(Protocol):
+    """Trains one model. Every engine is made by `build(parts)` of its registered choice (see `ENGINE`).
+
+    A choice also has `unsupported_reasons(case: EngineCase) -> list[str]`, which is asked before anything is built.
+    """
+
+    def step(self, batch: Batch, lr: float) -> StepReport:
+        """One optimiser step on this rank's rows of a global batch, in micro-batches."""
+        ...
+
+    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(loss sum, token count) of this rank's rows summed over all ranks; forward only, no state changes.
+
+        All ranks bring equally many rows.
+        """
+        ...
+
+    def slices(self) -> Iterator[Slice]:
+        """The state this rank holds: weights and every optimiser tensor, as slices of full named tensors.
+
+        Weights are the float32 ones that the optimiser works on. A tied parameter appears once. Over all ranks the
+        counted slices hold every element exactly once.
+        """
+        ...
+
+    def load(self, fill: Callable[[Slice], None], states: Callable[[str], bool] = lambda state: True) -> None:
+        """Fill this rank's slices (of the wanted states) through `fill(slice)`, then make the model use them."""
+        ...
+
+    def scalars(self) -> dict[str, Any]:
+        """State that is no tensor (the optimiser's step count), as JSON values."""
+        ...
+
+    def load_scalars(self, scalars: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an engine is built from. `optimizer` is a choice of megatrain.optim; it builds the torch optimiser."""
+
+    model: nn.Module
+    optimizer: Any
+    mesh: Mesh
+    device: Device
+    precision: Precision
+    micro_batch: int
+    zero: int
+
+
+ENGINE: Registry[Any] = Registry("engine", "megatrain.engine.kinds")

@@ -1,0 +1,1 @@
+"""Engines, one file each; found by folder scan (`megatrain.engine.api.ENGINE`)."""

@@ -1,0 +1,124 @@
+"""The reference engine: pure torch, gradients all-reduced over the data-parallel ranks, nothing sharded."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatrain.base.errors import ConfigError
+from megatrain.engine.api import ENGINE, Engine, EngineCase, Parts, StepReport
+from megatrain.engine.gradients import Gradients
+from megatrain.engine.passes import Passes, mean, summed
+from megatrain.nn.batch import Batch
+from megatrain.optim.norm import clip_divisor, counted, global_norm, not_finite, squared_norm
+from megatrain.optim.optimizer import guarded_step, set_lr, set_step_count, step_count
+from megatrain.parallel.shard import Slice, shards, slices_of
+
+
+@ENGINE.register("plain")
+@dataclass(frozen=True, kw_only=True)
+class Plain:
+    """Every data-parallel rank holds all parameters, gradients and optimiser state of its model shard."""
+
+    def unsupported_reasons(self, case: EngineCase) -> list[str]:
+        if case.zero:
+            return [
+                f"the plain engine shards nothing, so layout.zero={case.zero} is not for it: leave layout.zero out, "
+                "or set layout.engine=deepspeed"
+            ]
+        return []
+
+    def build(self, parts: Parts) -> Engine:
+        return PlainEngine(parts)
+
+
+class PlainEngine:
+    """Trains a model whose parameters carry their `shard`; with bf16 parameters it keeps float32 masters."""
+
+    def __init__(self, parts: Parts):
+        self.parts, self.model, self.device = parts, parts.model, parts.device.torch
+        self.data, self.tp, self.pp = (parts.mesh.axis(name) for name in ("data", "tp", "pp"))
+        self.model.to(self.device)
+        self.shards = shards(self.model)
+        self.named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if problems := parts.optimizer.unmatched(self.named):
+            raise ConfigError(problems)
+        self.masters = masters_of(self.model, self.named, parts.precision.parameters)
+        self.gradients = Gradients(self.named, self.shards, self.data, self.tp)
+        self.passes = Passes(self.model, self.data, parts.micro_batch, self.device, parts.precision.autocast)
+        self.optimizer = parts.optimizer.build(self.masters)
+        parts.optimizer.allocate(self.optimizer, self.masters.values())
+
+    def step(self, batch: Batch, lr: float) -> StepReport:
+        batch = batch.to(self.device)
+        tokens = self.passes.global_tokens(batch)
+        loss_sum = self._gradients_of(batch, tokens)
+        counts = []
+        for name, p in self.named.items():
+            assert p.grad is not None
+            counts += counted(self.shards[name], p.grad)
+            self.masters[name].grad = p.grad
+        norm = global_norm(squared_norm(counts, self.device), (self.tp, self.pp))
+        skipped = not_finite(norm)
+        set_lr(self.optimizer, lr)
+        guarded_step(self.optimizer, clip_divisor(norm, self.parts.optimizer.clip), skipped)
+        self._publish()
+        self.gradients.clear()
+        return StepReport(mean(summed(loss_sum, self.data), tokens), tokens, norm, skipped)
+
+    def _gradients_of(self, batch: Batch, tokens: Tensor) -> Tensor:
+        """Leave the gradient of the global mean loss in the parameters; return this rank's loss sum."""
+        loss_sum = self.passes.forward_backward(batch, tokens)
+        self.gradients.reduce()
+        return loss_sum
+
+    def _publish(self) -> None:
+        """Make the model compute with the masters' values."""
+        if self.parts.precision.parameters == "bf16":
+            torch._foreach_copy_([p.data for p in self.named.values()], list(self.masters.values()))
+            for master in self.masters.values():
+                master.grad = None  # it is the parameter's
+
+    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.passes.evaluate(batch)
+
+    def slices(self) -> Iterator[Slice]:
+        """Of copies on several data-parallel ranks only the first rank's are counted."""
+        for name, p in self.model.named_parameters():
+            master = self.masters.get(name, p)
+            held = {"weights": master.data} | {s: self.optimizer.state[master][s] for s in self._states(name)}
+            for state, tensor in held.items():
+                for piece in slices_of(state, name, self.shards[name], tensor.view(-1)):
+                    yield dataclasses.replace(piece, counted=piece.counted and self.data.rank == 0)
+
+    def _states(self, name: str) -> tuple[str, ...]:
+        return self.parts.optimizer.states if name in self.masters else ()
+
+    @torch.no_grad()
+    def load(self, fill: Callable[[Slice], None], states: Callable[[str], bool] = lambda state: True) -> None:
+        for piece in self.slices():
+            if states(piece.state):
+                fill(piece)
+        self._publish()
+
+    def scalars(self) -> dict[str, Any]:
+        return {"optimizer_steps": step_count(self.optimizer)}
+
+    def load_scalars(self, scalars: dict[str, Any]) -> None:
+        set_step_count(self.optimizer, scalars["optimizer_steps"])
+
+    def close(self) -> None:
+        self.gradients.clear()
+
+
+def masters_of(model: nn.Module, named: dict[str, nn.Parameter], parameters: str) -> dict[str, Tensor]:
+    """What the optimiser updates: the parameters, or float32 copies of them, made before they are rounded to bf16."""
+    if parameters == "fp32":
+        return dict(named)
+    masters = {name: p.detach().to(torch.float32, copy=True) for name, p in named.items()}
+    for p in model.parameters():
+        p.data = p.data.to(torch.bfloat16)
+    return masters

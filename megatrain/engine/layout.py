@@ -1,0 +1,153 @@
+"""How a model and a batch are spread over ranks: the run file's `layout` section, and what is legal in it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatrain.base.errors import LayoutError, did_you_mean
+from megatrain.engine.api import ENGINE, EngineCase, Precision
+from megatrain.parallel.mesh import Mesh, divisors
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Sizes of the mesh axes and the engine. The layout changes how fast a run is, never what it computes."""
+
+    engine: str = AUTO
+    """auto is plain for one data-parallel rank, where sharding has nothing to gain, and deepspeed for more."""
+    tp: int = 1
+    """Tensor-parallel ranks, each with a part of every layer."""
+    pp: int = 1
+    """Pipeline stages."""
+    cp: int = 1
+    """Context-parallel ranks, each with a part of every sequence."""
+    ep: int = 1
+    """Expert-parallel ranks, each with some of the experts."""
+    dp: int | None = None
+    """Data-parallel ranks: those that tp, pp and cp leave, and if given it must be that number."""
+    zero: int | None = None
+    """Stage of ZeRO: 1 under deepspeed, else 0."""
+    sequence_parallel: bool | None = None
+    """Activations between layers are cut over tp; by default where tp > 1."""
+    micro_batch: int = 1
+    """Sequences that a rank sees in one pass."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def problems(self) -> list[str]:
+        sizes = {name: getattr(self, name) for name in ("tp", "pp", "cp", "ep", "dp", "micro_batch")}
+        found = [f"{name}={n}: it must be at least 1" for name, n in sizes.items() if n is not None and n < 1]
+        found += [
+            f"{name}={sizes[name]}: only {name}=1 can be run so far, use tp and dp"
+            for name in ("pp", "cp", "ep")
+            if sizes[name] > 1
+        ]
+        if self.engine != AUTO and self.engine not in ENGINE:
+            found.append(
+                f"engine is {self.engine!r}, which is no engine: {did_you_mean(self.engine, [AUTO, *ENGINE.kinds()])}"
+            )
+        if self.zero not in (None, 0, 1, 2, 3):
+            found.append(f"zero={self.zero} is no stage of ZeRO: pick 0, 1, 2 or 3")
+        return found
+
+    @property
+    def cuts_sequence(self) -> bool:
+        """Activations between layers are cut over tensor-parallel ranks."""
+        return self.tp > 1 and self.sequence_parallel is not False
+
+    def mesh(self, world: int) -> Mesh:
+        """The mesh of `world` ranks.
+
+        Raises:
+            LayoutError: the sizes do not multiply to `world`.
+        """
+        if problems := world_problems(self, world):
+            raise LayoutError(problems)
+        dp = world // (self.tp * self.pp * self.cp)
+        return Mesh.of(pp=self.pp, dp=dp, cp=self.cp, tp=self.tp, ep=self.ep)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The engine that a layout comes down to on a number of ranks."""
+
+    engine: str
+    zero: int
+
+
+def resolve_engine(layout: Layout, world: int) -> Resolved:
+    """The engine and the ZeRO stage of `layout` on `world` ranks, defaults filled in.
+
+    Raises:
+        LayoutError: the layout has no mesh of `world` ranks.
+    """
+    mesh = layout.mesh(world)
+    alone = mesh.axis("data").size == 1
+    engine = layout.engine
+    if engine == AUTO:
+        engine = "plain" if alone and not layout.zero else "deepspeed"
+    zero = layout.zero
+    if zero is None:
+        zero = 1 if engine == "deepspeed" and not alone else 0
+    return Resolved(engine, zero)
+
+
+def world_problems(layout: Layout, world: int) -> list[str]:
+    """Why `layout` cannot fill `world` ranks."""
+    model = layout.tp * layout.pp * layout.cp
+    product = f"tp x pp x cp = {layout.tp} x {layout.pp} x {layout.cp} = {model}"
+    if world % model:
+        fits = [tp for tp in divisors(world) if world % (tp * layout.pp * layout.cp) == 0]
+        return [
+            f"layout: {product} does not divide the {world} ranks of this run: start a multiple of {model} ranks, or "
+            + (f"pick tp from {fits}" if fits else f"make pp x cp a divisor of {world}")
+        ]
+    dp = world // model
+    if layout.dp not in (None, dp):
+        return [
+            f"layout.dp={layout.dp}, but {world} ranks / ({product}) = {dp}: leave dp out, "
+            f"or start {layout.dp * model} ranks"
+        ]
+    return []
+
+
+def layout_problems(
+    layout: Layout,
+    world: int,
+    global_batch: int,
+    *,
+    seq_len: int | None = None,
+    precision: Precision = Precision(),  # noqa: B008 (a frozen value)
+) -> list[str]:
+    """Why a run cannot be laid out so, in sentences that show the arithmetic.
+
+    Models say for themselves how they can be cut over tp.
+
+    Args:
+        world: ranks of the run.
+        global_batch: sequences of a step, over all ranks.
+        seq_len: tokens of a sequence.
+    """
+    found = world_problems(layout, world)
+    if found:
+        return found
+    mesh = layout.mesh(world)
+    dp = mesh.axis("dp").size
+    if global_batch % dp:
+        found.append(
+            f"train.global_batch={global_batch} does not divide over dp={dp} (= {world} ranks / tp {layout.tp}): "
+            f"use a multiple of {dp}, or pick dp from {divisors(global_batch)}"
+        )
+    elif (rows := global_batch // dp) % layout.micro_batch:
+        found.append(
+            f"layout.micro_batch={layout.micro_batch} does not divide the {rows} sequences that each rank has "
+            f"(train.global_batch {global_batch} / dp {dp}): pick it from {divisors(rows)}"
+        )
+    if layout.cuts_sequence and seq_len is not None and seq_len % layout.tp:
+        found.append(
+            f"data.seq_len={seq_len} cannot be cut over tp={layout.tp}: pick tp from {divisors(seq_len)}, "
+            "or set layout.sequence_parallel=false"
+        )
+    resolved = resolve_engine(layout, world)
+    case = EngineCase(zero=resolved.zero, pp=layout.pp, precision=precision)
+    return found + ENGINE[resolved.engine]().unsupported_reasons(case)
