@@ -1,1 +1,1 @@
-"""Floor 0: what every other folder may use: errors, the registry, units, named randomness, the device, files, logging."""
+"""Floor 0: what every other folder may use: errors, registry, units, named randomness, the device, files, logging."""

@@ -1,6 +1,6 @@
 """Errors that a user can act on. Each says what we got, what is allowed and what to do.
 
-The command line prints a `UserError` as one message without a traceback and exits with its code; anything else is a bug.
+The command line prints a `UserError` as one message without a traceback and exits with its code; all else is a bug.
 """
 
 from collections.abc import Iterable

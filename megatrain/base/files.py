@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from megatrain.base.errors import DataError
+
 
 def fsync_folder(folder: Path) -> None:
     """Make renames inside `folder` durable."""
@@ -50,9 +52,22 @@ def sha256_of(path: Path) -> str:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSON-lines file; a last line that was cut by a crash is left out."""
+    """The lines of a JSON-lines file; a last line that was cut by a crash is left out, a missing file has none.
+
+    Raises:
+        DataError: a line before the last is not JSON.
+    """
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")
-    complete = lines[:-1]  # what follows the last newline was not finished
-    return [json.loads(line) for line in complete if line.strip()]
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                found.append(json.loads(line))
+        except ValueError as error:
+            if any(rest.strip() for rest in lines[number:]):
+                raise DataError(
+                    f"{path}:{number} is not JSON ({error}): the file is damaged, remove or mend this line"
+                ) from None
+    return found

@@ -45,5 +45,7 @@ def nvidia_apex() -> Optional:
         return found
     extensions = optional("amp_C")
     if not extensions:
-        return Optional("apex", None, f"this apex has no CUDA extensions (amp_C: {extensions.why_not}); torch's own are used")
+        return Optional(
+            "apex", None, f"this apex has no CUDA extensions (amp_C: {extensions.why_not}); torch's own are used"
+        )
     return found

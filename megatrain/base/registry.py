@@ -9,7 +9,6 @@
 The first lookup imports every module of the package named, so each `register` has run.
 """
 
-import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
@@ -18,6 +17,10 @@ from typing import Generic, TypeVar
 from megatrain.base.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
+
+
+def _place(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 class Registry(Generic[T]):
@@ -32,11 +35,14 @@ class Registry(Generic[T]):
         """Class decorator: make the dataclass known as `kind`, and set `cls.kind`."""
 
         def add(cls: type) -> type:
-            if not dataclasses.is_dataclass(cls):
+            parameters = getattr(cls, "__dataclass_params__", None)
+            if parameters is None or not parameters.frozen:
                 raise TypeError(f"{self.name} {kind!r}: {cls.__name__} must be a frozen dataclass")
+            if "kind" in vars(cls):
+                raise TypeError(f"{self.name} {kind!r}: {cls.__name__} is registered as {vars(cls)['kind']!r} already")
             known = self._members.get(kind)
-            if known is not None and known.__module__ != cls.__module__:
-                raise TypeError(f"{self.name} {kind!r} is registered by both {known.__module__} and {cls.__module__}")
+            if known is not None and _place(known) != _place(cls):  # the same place twice is a module imported again
+                raise TypeError(f"{self.name} {kind!r} is registered by both {_place(known)} and {_place(cls)}")
             cls.kind = kind  # type: ignore[attr-defined]
             self._members[kind] = cls
             return cls
@@ -55,7 +61,7 @@ class Registry(Generic[T]):
 
     def __contains__(self, kind: object) -> bool:
         self._scan()
-        return kind in self._members
+        return isinstance(kind, str) and kind in self._members
 
     def items(self) -> Iterator[tuple[str, type[T]]]:
         self._scan()

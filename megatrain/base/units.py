@@ -1,10 +1,14 @@
 """Quantities with units, as people write them in run files: "4B tokens", "80GiB", 1_000_000, "2e6"."""
 
 import re
+from decimal import Decimal
 
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _BYTES |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+_LARGEST = 27
+"""Decimal digits of the largest quantity, less one: far above any run, and all within Decimal's exact precision."""
 
 _NUMBER = re.compile(r"\s*(\d[\d_,]*(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*([A-Za-z]*)\s*([A-Za-z]*)\s*")
 
@@ -40,7 +44,7 @@ def _whole(text: str | int | float, suffixes: dict[str, int], unit: str) -> int:
     if isinstance(text, bool):
         raise refusal
     if isinstance(text, int | float):
-        value = float(text)
+        value = Decimal(text)
     else:
         match = _NUMBER.fullmatch(text)
         if not match:
@@ -50,11 +54,8 @@ def _whole(text: str | int | float, suffixes: dict[str, int], unit: str) -> int:
             suffix, word = "", suffix
         if word.lower() not in ("", unit, unit.rstrip("s")) or suffix.lower() not in suffixes:
             raise refusal
-        digits = digits.replace("_", "").replace(",", "")
-        if digits.isdigit():  # exact, however large
-            return int(digits) * suffixes[suffix.lower()]
-        value = round(float(digits) * suffixes[suffix.lower()], 6)
-    if value != int(value) or value < 0:
+        value = Decimal(digits.replace("_", "").replace(",", "")) * suffixes[suffix.lower()]  # exact, unlike floats
+    if not value.is_finite() or value < 0 or value.adjusted() > _LARGEST or value != value.to_integral_value():
         raise refusal
     return int(value)
 
@@ -79,7 +80,7 @@ def show_count(n: float) -> str:
     '1.23M'
     """
     for size, suffix in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if abs(n) >= size:
+        if abs(n) >= 0.9995 * size and abs(n) >= 1000:  # 999,999 rounds to 1M, not to 1e+03k
             return f"{n / size:.3g}{suffix}"
     return f"{n:.3g}" if n != int(n) else str(int(n))
 

@@ -4,6 +4,7 @@ A field's type says what may stand there: `int`, `float`, `bool`, `str`, `Litera
 `dict[str, X]`, another dataclass, or
 
     Annotated[Norm, NORM]          a choice: a mapping with `kind`, looked up in the registry (a bare word is a kind)
+    Annotated[Any, MODEL, "decoder"]    the same, with the kind that is meant where none is named
     Annotated[int, "tokens"]       a quantity: 4B, "4B tokens"
     Annotated[int, "bytes"]        a quantity: 80GiB
 
@@ -13,10 +14,11 @@ A dataclass may have `problems() -> list[str]`: what is wrong among its own fiel
 import dataclasses
 import types
 from collections.abc import Callable
+from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from megatrain.base import units
-from megatrain.base.errors import ConfigError, did_you_mean
+from megatrain.base.errors import ConfigError, did_you_mean, nearest
 from megatrain.base.registry import Registry
 from megatrain.config.source import Node
 
@@ -66,8 +68,8 @@ class _Builder:
 
     def dataclass(self, cls: Any, node: Node, key: str, choice: str | None = None) -> Any:
         if not isinstance(node.value, dict):
-            allowed = ", ".join(f.name for f in dataclasses.fields(cls))
-            return self.refuse(key or "the run file", node, f"is {node.plain()!r}: it must hold keys ({allowed})")
+            allowed = ", ".join(f.name.rstrip("_") for f in dataclasses.fields(cls) if f.init)
+            return self.refuse(key or "the run file", node, f"is {_yaml(node.plain())}: it must hold keys ({allowed})")
         hints = get_type_hints(cls, include_extras=True)
         _refuse_silent_attributes(cls)
         fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
@@ -101,18 +103,16 @@ class _Builder:
             self.problems += [f"{where}{sentence}" for sentence in check()]
         return made
 
-    def choice(self, registry: Registry, node: Node, key: str) -> Any:
+    def choice(self, registry: Registry, node: Node, key: str, usual: str | None = None) -> Any:
         if isinstance(node.value, str):
             node = Node({"kind": Node(node.value, node.origin)}, node.origin)
         if not isinstance(node.value, dict):
-            return self.refuse(key, node, f"is {node.plain()!r}: it must name a {registry.name} kind")
-        named = node.value.get("kind")
+            return self.refuse(key, node, f"is {_yaml(node.plain())}: it must name a {registry.name} kind")
+        named = node.value.get("kind") or (Node(usual, DEFAULT) if usual else None)
         if named is None:
-            for name, child in node.value.items():
-                self.problems.append(f"{key}.{name} ({child.origin}): {key}.kind is missing: " + did_you_mean(name, ["kind"]))
-            if not node.value:
-                self.problems.append(f"{key} ({node.origin}): {key}.kind is missing (allowed: {', '.join(registry.kinds())})")
-            return _FAILED
+            guess = nearest("kind", node.value)
+            instead = f"did you mean kind instead of {guess}? " if guess else ""
+            return self.refuse(key, node, f"has no kind: {instead}(allowed: {', '.join(registry.kinds())})")
         if named.value not in registry:
             hint = did_you_mean(str(named.value), registry.kinds())
             return self.refuse(f"{key}.kind", named, f"is {named.value!r}, which is no {registry.name}: {hint}")
@@ -121,9 +121,8 @@ class _Builder:
 
     def note_defaults(self, value: Any, key: str) -> None:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            if kind := getattr(value, "kind", None):
+            if getattr(value, "kind", None) is not None:
                 self.origins[f"{key}.kind"] = DEFAULT
-                del kind
             for f in dataclasses.fields(value):
                 self.note_defaults(getattr(value, f.name), f"{key}.{f.name.rstrip('_')}")
         else:
@@ -134,46 +133,41 @@ class _Builder:
     def value(self, hint: Any, node: Node, key: str) -> Any:
         origin, arguments = get_origin(hint), get_args(hint)
         if origin is Annotated:
-            return self.annotated(arguments[0], arguments[1], node, key)
+            return self.annotated(arguments[0], arguments[1], node, key, *arguments[2:])
         if origin in (Union, types.UnionType):
             if node.value is None and type(None) in arguments:
                 self.origins[key] = node.origin
                 return None
             return self.union([a for a in arguments if a is not type(None)], node, key)
         if origin is Literal:
-            if node.value not in arguments:
-                hint_text = did_you_mean(str(node.value), [str(a) for a in arguments])
-                return self.refuse(key, node, f"is {node.plain()!r}: {hint_text}")
+            if not any(type(node.value) is type(a) and node.value == a for a in arguments):  # 1 is not true
+                allowed = [_yaml(a) for a in arguments]
+                return self.refuse(key, node, f"is {_yaml(node.plain())}: {did_you_mean(_yaml(node.value), allowed)}")
             self.origins[key] = node.origin
             return node.value
         if origin in (tuple, list):
             return self.sequence(arguments, node, key)
         if origin is dict:
             if not isinstance(node.value, dict):
-                return self.refuse(key, node, f"is {node.plain()!r}: it must be a mapping")
+                return self.refuse(key, node, f"is {_yaml(node.plain())}: it must be a mapping")
             found = {k: self.value(arguments[1], child, f"{key}.{k}") for k, child in node.value.items()}
             return _FAILED if _FAILED in found.values() else found
         if dataclasses.is_dataclass(hint):
             return self.dataclass(hint, node, key)
         return self.scalar(hint, node, key)
 
-    def annotated(self, hint: Any, note: Any, node: Node, key: str) -> Any:
+    def annotated(self, hint: Any, note: Any, node: Node, key: str, usual: str | None = None) -> Any:
         if node.value is None and type(None) in get_args(hint):
             self.origins[key] = node.origin
             return None
         if isinstance(note, Registry):
             if get_origin(hint) is tuple:
-                if not isinstance(node.value, list):
-                    return self.refuse(key, node, f"is {node.plain()!r}: it must be a list of {note.name} choices")
-                found = [self.choice(note, child, f"{key}.{i}") for i, child in enumerate(node.value)]
-                self.origins.setdefault(key, node.origin)
-                return _FAILED if any(f is _FAILED for f in found) else tuple(found)
-            return self.choice(note, node, key)
-        parse = units.n_bytes if note == "bytes" else lambda text: units.count(text, note)
+                return self.sequence((Annotated[Any, note], ...), node, key)
+            return self.choice(note, node, key, usual)
         try:
             if not isinstance(node.value, str | int | float):
-                raise ValueError(f"{node.plain()!r} is not a number of {note}")
-            found = parse(node.value)
+                raise ValueError(f"{_yaml(node.plain())} is not a number of {note}")
+            found = units.n_bytes(node.value) if note == "bytes" else units.count(node.value, note)
         except ValueError as error:
             return self.refuse(key, node, f"is wrong: {error}")
         self.origins[key] = node.origin
@@ -181,22 +175,22 @@ class _Builder:
 
     def union(self, hints: list[Any], node: Node, key: str) -> Any:
         tries = []
-        for hint in hints:
+        for hint in sorted(hints, key=lambda hint: type(node.value) is not hint):  # 3 is a number before it is text
             attempt = _Builder(self.also_allowed)
             found = attempt.value(hint, node, key)
             if not attempt.problems:
                 self.origins |= attempt.origins
                 return found
             tries.append(attempt.problems)
-        self.problems += min(tries, key=len) if len(tries) == 1 else [
-            f"{key} ({node.origin}) is {node.plain()!r}: it must be {' or '.join(_name(h) for h in hints)}"
-        ]  # fmt: skip
-        return _FAILED
+        if len(tries) == 1:
+            self.problems += tries[0]
+            return _FAILED
+        return self.refuse(key, node, f"is {_yaml(node.plain())}: it must be {' or '.join(_name(h) for h in hints)}")
 
     def sequence(self, arguments: tuple[Any, ...], node: Node, key: str) -> Any:
         if not isinstance(node.value, list):
-            return self.refuse(key, node, f"is {node.plain()!r}: it must be a list")
-        if len(arguments) == 2 and arguments[1] is Ellipsis or len(arguments) == 1:
+            return self.refuse(key, node, f"is {_yaml(node.plain())}: it must be a list")
+        if len(arguments) == 1 or arguments[1] is Ellipsis:
             hints = [arguments[0]] * len(node.value)
         elif len(arguments) != len(node.value):
             return self.refuse(key, node, f"has {len(node.value)} elements: it must have {len(arguments)}")
@@ -211,12 +205,12 @@ class _Builder:
         is_bool = isinstance(value, bool)
         if hint is float and isinstance(value, int | float) and not is_bool:
             value = float(value)
-        elif hint is int and isinstance(value, float) and value == int(value):
+        elif hint is int and isinstance(value, float) and value.is_integer():
             value = int(value)
         elif hint is str and isinstance(value, int | float) and not is_bool:
             value = str(value)
         elif hint is not Any and (not isinstance(value, hint) or (is_bool and hint is not bool)):
-            return self.refuse(key, node, f"is {node.plain()!r}: it must be {_name(hint)}")
+            return self.refuse(key, node, f"is {_yaml(node.plain())}: it must be {_name(hint)}")
         self.origins[key] = node.origin
         return value
 
@@ -225,7 +219,26 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def _name(hint: Any) -> str:
+    """What a value of this type is called in a sentence."""
+    if get_origin(hint) is Literal:
+        return " or ".join(_yaml(a) for a in get_args(hint))
+    if get_origin(hint) is Annotated:
+        note = get_args(hint)[1]
+        return f"a {note.name}" if isinstance(note, Registry) else f"a number of {note}"
+    if get_origin(hint) in (tuple, list):
+        return "a list"
+    if get_origin(hint) is dict or dataclasses.is_dataclass(hint):
+        return "a mapping"
     return _NAMES.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _yaml(value: Any) -> str:
+    """A value as a run file spells it: true, null, 'text'."""
+    return (
+        {True: "true", False: "false", None: "null"}[value]
+        if value is None or value is True or value is False
+        else repr(value)
+    )
 
 
 def _has_default(field: dataclasses.Field) -> bool:
@@ -233,16 +246,16 @@ def _has_default(field: dataclasses.Field) -> bool:
 
 
 def _default(field: dataclasses.Field) -> Any:
-    return field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _refuse_silent_attributes(cls: type) -> None:
     """A class attribute without an annotation is silently no field: a mistake in the code, not in the file."""
-    fields = {f.name for f in dataclasses.fields(cls)}
+    known = {"kind", *(f.name for f in dataclasses.fields(cls)), *cls.__annotations__}
     for name, value in vars(cls).items():
-        if name.startswith("_") or name == "kind" or name in fields:
+        if name.startswith("_") or name in known:
             continue
-        if not callable(value) and not isinstance(value, property | classmethod | staticmethod):
+        if not callable(value) and not isinstance(value, property | cached_property | classmethod | staticmethod):
             raise TypeError(f"{cls.__name__}.{name} has no annotation, so it is not a field")
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from omegaconf import OmegaConf
@@ -43,8 +43,10 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Node:
             interpolation cannot be understood.
     """
     tree = _read_file(Path(path), including=())
-    for word in overrides:
-        tree = _override(tree, word)
+    words = [_Word.of(word) for word in overrides]
+    # A new kind replaces its whole mapping, so kinds come first: `optimizer.lr=1 optimizer.kind=lion` keeps its lr.
+    for word in sorted(words, key=lambda word: word.path[-1] != "kind"):
+        tree = _set(tree, word.path, word.value, word.text)
     return _interpolate(tree)
 
 
@@ -52,21 +54,20 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Node:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: 1e-4 is a number, and only true and false are booleans."""
+    """YAML 1.2 scalars: 1e-4 and 010 are decimal numbers, only true and false are booleans, 1:30 and = are text."""
+
+    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float",
-                                                                         "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}  # fmt: skip
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:~|null|)$"), ["~", "n", ""])
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(?:true|false)$"), list("tf"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d[\d_]*$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:(?:\d[\d_]*\.\d*|\.\d+|\d[\d_]*(?=[eE]))(?:[eE][-+]?\d+)?|\.inf|\.nan)$"),
+    re.compile(r"[-+]?(?:(?:\d[\d_]*\.\d*|\.\d+|\d[\d_]*(?=[eE]))(?:[eE][-+]?\d+)?|\.inf)$|\.nan$"),
     list("-+.0123456789"),
 )
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
 
 
 def _compose(text: str, name: str) -> Node:
@@ -76,25 +77,33 @@ def _compose(text: str, name: str) -> Node:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
         raise ConfigError(f"{where} is not YAML: {getattr(error, 'problem', None) or error}") from None
-    if root is None:
-        return Node({}, name)
-    return _convert(root, name, _Loader(""))
+    return Node(None, name) if root is None else _convert(root, name, _Loader(""), inside=())
 
 
-def _convert(node: yaml.Node, name: str, loader: _Loader) -> Node:
-    origin = f"{name}:{node.start_mark.line + 1}" if name != COMMAND_LINE else name
+def _convert(node: yaml.Node, name: str, loader: _Loader, inside: tuple[yaml.Node, ...]) -> Node:
+    """`node` with origins; `inside` are the nodes around it, since an alias may point to one of them."""
+
+    def line(of: yaml.Node) -> str:
+        return name if name == COMMAND_LINE else f"{name}:{of.start_mark.line + 1}"
+
+    origin = line(node)
+    if node in inside:
+        raise ConfigError(f"{origin}: an alias refers to what holds it: write the value out")
     if isinstance(node, yaml.MappingNode):
         mapping: dict[str, Node] = {}
         for key_node, value_node in node.value:
-            key = str(key_node.value)
-            line = f"{name}:{key_node.start_mark.line + 1}" if name != COMMAND_LINE else name
+            key, where = key_node.value, line(key_node)
+            if not isinstance(key, str):
+                raise ConfigError(f"{where}: a key must be a word, not a list or mapping")
+            if key == "<<":
+                raise ConfigError(f"{where}: YAML's merge key << is not read: name the file to build on with base")
             if key in mapping:
-                raise ConfigError(f"{line}: the key {key!r} stands twice (first at {mapping[key].origin}): keep one")
-            mapping[key] = _convert(value_node, name, loader)
-            mapping[key].origin = line
+                raise ConfigError(f"{where}: the key {key!r} stands twice (first at {mapping[key].origin}): keep one")
+            mapping[key] = _convert(value_node, name, loader, (*inside, node))
+            mapping[key].origin = where
         return Node(mapping, origin)
     if isinstance(node, yaml.SequenceNode):
-        return Node([_convert(child, name, loader) for child in node.value], origin)
+        return Node([_convert(child, name, loader, (*inside, node)) for child in node.value], origin)
     try:
         return Node(loader.construct_object(node), origin)
     except (yaml.YAMLError, ValueError) as error:
@@ -115,6 +124,8 @@ def _read_file(path: Path, including: tuple[Path, ...]) -> Node:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     tree = _compose(text, str(path))
+    if tree.value is None:
+        tree = Node({}, tree.origin)
     if not isinstance(tree.value, dict):
         raise ConfigError(f"{path} must hold keys and values, not a single {type(tree.value).__name__}")
     bases = tree.value.pop("base", Node([], str(path)))
@@ -127,14 +138,35 @@ def _read_file(path: Path, including: tuple[Path, ...]) -> Node:
     return merge(merged, tree)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that `_Loader` would take for something else."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def dump(value: Any) -> str:
+    """Plain mappings, lists and scalars as YAML; `read` gives the same values back."""
+
+    def literally(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: literally(child) for key, child in value.items()}
+        if isinstance(value, list):
+            return [literally(child) for child in value]
+        return value.replace("${", r"\${") if isinstance(value, str) else value
+
+    return yaml.dump(literally(value), Dumper=_Dumper, sort_keys=False, width=120)
+
+
 # ------------------------------------------------------------------------------------------------ merging
 
 
 def merge(under: Node, over: Node) -> Node:
     """`over` laid on `under`: mappings key by key, anything else replaced; a new `kind` replaces its mapping."""
+    under, over = _spelled_out(under, beside=over), _spelled_out(over, beside=under)
     if not (isinstance(under.value, dict) and isinstance(over.value, dict)):
         return over
-    if "kind" in over.value and "kind" in under.value and over.value["kind"].value != under.value["kind"].value:
+    kinds = [side.value["kind"].value for side in (under, over) if "kind" in side.value]
+    if len(kinds) == 2 and kinds[0] != kinds[1]:
         return over
     merged = dict(under.value)
     for key, node in over.value.items():
@@ -142,32 +174,49 @@ def merge(under: Node, over: Node) -> Node:
     return Node(merged, over.origin)
 
 
-def _override(tree: Node, word: str) -> Node:
-    key, equals, text = word.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"{word!r} is not key=value: write for example train.steps=100")
-    value = _compose(text, COMMAND_LINE) if text.strip() else Node(None, COMMAND_LINE)
-    return _set(tree, key.strip().split("."), value, key)
+def _spelled_out(node: Node, beside: Node) -> Node:
+    """`attention: causal` is short for `{kind: causal}`, and means the same where it meets a mapping."""
+    if isinstance(node.value, str) and isinstance(beside.value, dict):
+        return Node({"kind": Node(node.value, node.origin)}, node.origin)
+    return node
 
 
-def _set(tree: Node, path: list[str], value: Node, key: str) -> Node:
+@dataclass(frozen=True)
+class _Word:
+    """A `key=value` of the command line."""
+
+    text: str
+    path: list[str]
+    value: Node
+
+    @classmethod
+    def of(cls, text: str) -> "_Word":
+        key, equals, value = text.partition("=")
+        path = key.strip().split(".")
+        if not equals or not all(path):
+            raise ConfigError(f"{text!r} is not key=value: write for example train.steps=100")
+        return cls(text, path, _compose(value, COMMAND_LINE))
+
+
+def _set(tree: Node, path: list[str], value: Node, word: str) -> Node:
     if not path:
         return merge(tree, value)
     head, rest = path[0], path[1:]
     if isinstance(tree.value, list):
-        if not head.isdigit() or int(head) >= len(tree.value):
-            raise ConfigError(f"{key}={value.plain()}: {head!r} is not an element of a list of {len(tree.value)}")
+        if not head.isdecimal() or int(head) >= len(tree.value):
+            elements = f"0 to {len(tree.value) - 1}" if tree.value else "it is empty"
+            raise ConfigError(f"{word}: {head!r} is not an element of the list at {tree.origin} (allowed: {elements})")
         items = list(tree.value)
-        items[int(head)] = _set(items[int(head)], rest, value, key)
+        items[int(head)] = _set(items[int(head)], rest, value, word)
         return Node(items, COMMAND_LINE)
     mapping = dict(tree.value) if isinstance(tree.value, dict) else {}
     child = mapping.get(head)
     if not rest and head == "kind" and child is not None and child.value != value.value:
         mapping = {}  # a new kind replaces its whole mapping
     start = child if child is not None else Node({} if rest else None, COMMAND_LINE)
-    if isinstance(start.value, str) and rest:  # `attention: causal` is short for {kind: causal}
-        start = Node({"kind": start}, start.origin)
-    mapping[head] = _set(start, rest, value, key)
+    if rest:
+        start = _spelled_out(start, beside=tree)
+    mapping[head] = _set(start, rest, value, word)
     return Node(mapping, tree.origin)
 
 
