@@ -9,6 +9,7 @@ KEY is a running number: the id of a document is any text, kept in the index, an
 stored with its end-of-document token.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 import numpy as np
-import webdataset
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -205,6 +205,8 @@ class ShardWriter:
     entry: ShardEntry
 
     def __init__(self, folder: Path, split: str, number: int, dtype: str):
+        import webdataset  # loads torch, which the processes that only read shards must not wait for
+
         self.folder = folder
         self.path, self.index = f"{split}/shard-{number:06d}.tar", f"{split}/shard-{number:06d}.index"
         self.dtype = np.dtype(dtype).newbyteorder("<")
@@ -287,7 +289,9 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Leave nothing behind."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # the disk may be full
+            self._tar.close()  # before its file: a tar stream that is open writes to it when it is collected
+            self._file.close()
         self._aside.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
@@ -324,7 +328,8 @@ class Shard:
                 f"shard {self.tar} {found} and the manifest says {self.entry.bytes} bytes: copy it again, or build the "
                 "data set again"
             )
-        return np.memmap(self.tar, dtype=self.dtype, mode="r")
+        mapped = np.memmap(self.tar, dtype=self.dtype, mode="r")
+        return np.asarray(mapped)  # the same memory without the subclass, whose every slice costs a Python call
 
     @cached_property
     def start(self) -> NDArray[np.int64]:

@@ -1,0 +1,71 @@
+"""What a run is trained on: the `data` part of a run file."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from megatrain.data.packing import PACKING, Packing
+from megatrain.data.packing.concat import Concat
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedSource:
+    """A data set of a mixture."""
+
+    path: str
+    """Folder of a data set, as `megatrain data build` makes it."""
+    weight: float = 1.0
+    """Share of the tokens, relative to the other sources."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The tokens of a run and their order. Batches depend on these values and the seed, and on nothing else."""
+
+    sources: tuple[WeightedSource, ...]
+    seq_len: int
+    """Tokens in a row."""
+    slots: int | None = None
+    """Virtual readers that the stream is cut into; as many as there are rows in a global batch unless given. A run may
+    be resumed on any number of data-parallel ranks that divides them."""
+    packing: Annotated[Packing, PACKING] = field(default_factory=Concat)
+    mask_documents: bool = True
+    """Documents in a row do not see each other, and positions restart with each."""
+    workers: int = 1
+    """Processes that read ahead for each rank; 0 reads in the training process itself."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if not self.sources:
+            found.append("data.sources is empty: name at least one data set, as {path: DIR}")
+        paths = [source.path for source in self.sources]
+        for path in sorted({p for p in paths if paths.count(p) > 1}):
+            found.append(f"data.sources names {path} more than once: name it once and raise its weight")
+        for i, source in enumerate(self.sources):
+            if not source.weight > 0:
+                found.append(
+                    f"data.sources.{i}.weight is {source.weight}: it must be above 0; leave the source out instead"
+                )
+        for name, least in (("seq_len", 1), ("slots", 1), ("workers", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                found.append(f"data.{name} is {value}: it must be at least {least}")
+        return found
+
+    def n_slots(self, global_batch: int) -> int:
+        return self.slots or global_batch
+
+    def batch_problems(self, global_batch: int, dp: int) -> list[str]:
+        """What is wrong between these values, the global batch (in rows) and the data-parallel size."""
+        found, slots = [], self.n_slots(global_batch)
+        if global_batch % slots:
+            found.append(
+                f"train.global_batch={global_batch} is no multiple of data.slots={slots}: every slot gives a batch the "
+                "same number of rows; change one of them"
+            )
+        if slots % dp:
+            sizes = [d for d in range(1, slots + 1) if slots % d == 0]
+            found.append(
+                f"{slots} data slots cannot be shared by {dp} data-parallel ranks: use one of {sizes} ranks, or change "
+                "data.slots (or train.global_batch)"
+            )
+        return found

@@ -1,0 +1,180 @@
+"""A source as one long stream of tokens per epoch, which any slot can enter at any position.
+
+In each epoch the shards stand in one seeded order and the documents of each shard in another. Laid end to end they make
+a stream of exactly as many tokens as the split has. Slot s of S reads its S-th part of every epoch, so that:
+
+- over all slots each token of a source is used exactly once per epoch of the source;
+- where a slot stands is one number, the tokens it has read: epoch, shard, document and offset follow by arithmetic from
+  the manifest and the index of one shard, at the same cost everywhere in the stream;
+- a rank touches only the shards that its own slots read.
+
+A document that lies across the border of two slots' parts is read by both, each its own part of the tokens.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatrain.base.errors import DataError
+from megatrain.data.order import permutation
+from megatrain.data.shards import Manifest, Shard, TokenizerEntry, Tokens
+
+_OPEN_SHARDS = 512  # shuffled shards kept at once, at 24 bytes a document
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A range of tokens of one shuffled shard."""
+
+    shard: "ShuffledShard"
+    start: int
+    stop: int
+
+
+class ShuffledShard:
+    """The documents of a shard in the order of one epoch, laid end to end."""
+
+    def __init__(self, shard: Shard, order: NDArray[np.int64]):
+        self.shard = shard
+        self.order = order
+        length = shard.length[order]
+        self.end = np.cumsum(length)
+        self.begin = self.end - length
+        self.shift = shard.start[order] - self.begin  # from a position in this stream to an element of the tar
+
+    def documents(self, start: int, stop: int) -> slice:
+        """Which documents, in this order, have tokens in [start, stop)."""
+        return slice(int(self.end.searchsorted(start, side="right")), int(self.begin.searchsorted(stop, side="left")))
+
+    def lengths(self, among: slice, start: int, stop: int) -> NDArray[np.int64]:
+        """Tokens of each of those documents within [start, stop)."""
+        length = self.end[among] - self.begin[among]
+        length[0] -= start - self.begin[among.start]
+        length[-1] -= self.end[among.stop - 1] - stop
+        return length
+
+    def tokens(self, among: slice, start: int, stop: int) -> Tokens:
+        """The ids at [start, stop)."""
+        ids = self.shard.ids
+        if among.stop - among.start == 1:
+            shift = self.shift[among.start]
+            return ids[start + shift : stop + shift]
+        where = np.repeat(self.shift[among], self.lengths(among, start, stop))
+        where += np.arange(start, stop)
+        return ids.take(where)
+
+    def before(self, among: slice, start: int) -> int | None:
+        """The id before position `start` in the same document, None where a document begins."""
+        first = among.start
+        return None if self.begin[first] == start else int(self.shard.ids[start + self.shift[first] - 1])
+
+
+class Corpus:
+    """One split of a data set, in the order that a seed gives it."""
+
+    def __init__(self, folder: Path, split: str, seed: int):
+        self.folder, self.seed = folder, seed
+        self.manifest = Manifest.read(folder)
+        self.fingerprint = self.manifest.fingerprint
+        if split not in self.manifest.splits or not self.manifest.splits[split].tokens:
+            full = [name for name, s in self.manifest.splits.items() if s.tokens]
+            raise DataError(
+                f"{folder} has nothing in its {split} split (it has: {', '.join(full) or 'nothing at all'}): build it "
+                "from more text"
+            )
+        self.split = self.manifest.splits[split]
+        self.shards = [Shard.of(folder, entry, self.manifest.dtype) for entry in self.split.shards]
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+        self._shuffled: OrderedDict[tuple[int, int], ShuffledShard] = OrderedDict()
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of an epoch."""
+        return self._total
+
+    @cached_property
+    def _total(self) -> int:
+        return self.split.tokens
+
+    def part(self, slot: int, n_slots: int) -> tuple[int, int]:
+        """The range of every epoch that a slot reads."""
+        return slot * self.n_tokens // n_slots, (slot + 1) * self.n_tokens // n_slots
+
+    def read(self, slot: int, n_slots: int, start: int, count: int) -> Iterator[Stretch]:
+        """What a slot that has read `start` tokens reads next, `count` tokens in all."""
+        low, high = self.part(slot, n_slots)
+        while count:
+            epoch, offset = divmod(start, high - low)
+            n = min(count, high - low - offset)
+            yield from self.stretches(epoch, low + offset, low + offset + n)
+            start, count = start + n, count - n
+
+    def stretches(self, epoch: int, start: int, stop: int) -> Iterator[Stretch]:
+        """[start, stop) of an epoch's stream."""
+        shards = self._epoch(epoch)
+        place = int(shards.end.searchsorted(start, side="right"))
+        while start < stop:
+            begin, end = int(shards.begin[place]), int(shards.end[place])
+            upto = min(stop, end)
+            if upto > start:  # a shard may be empty
+                yield Stretch(self._shuffle(epoch, int(shards.order[place])), start - begin, upto - begin)
+            start, place = upto, place + 1
+
+    def _epoch(self, epoch: int) -> "_Epoch":
+        if epoch not in self._epochs:
+            order = permutation(len(self.shards), self.seed, "shards", self.fingerprint, epoch)
+            length = np.array([shard.entry.tokens for shard in self.shards], dtype=np.int64)[order]
+            end = np.cumsum(length)
+            _keep(self._epochs, epoch, _Epoch(order, end - length, end), 4)
+        return self._epochs[epoch]
+
+    def _shuffle(self, epoch: int, number: int) -> ShuffledShard:
+        key = (epoch, number)
+        if key not in self._shuffled:
+            shard = self.shards[number]
+            order = permutation(len(shard.length), self.seed, "documents", self.fingerprint, epoch, number)
+            _keep(self._shuffled, key, ShuffledShard(shard, order), _OPEN_SHARDS)
+        self._shuffled.move_to_end(key)
+        return self._shuffled[key]
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """The shards of an epoch in order, and where each begins and ends in its stream: int64 [shards]."""
+
+    order: NDArray[np.int64]
+    begin: NDArray[np.int64]
+    end: NDArray[np.int64]
+
+
+def _keep(cache: OrderedDict, key: object, value: object, limit: int) -> None:
+    """Remember `value`, and forget what was not asked for the longest time."""
+    cache[key] = value
+    while len(cache) > limit:
+        cache.popitem(last=False)
+
+
+def common_tokenizer(corpora: list[Corpus]) -> TokenizerEntry:
+    """The tokenizer of all sources.
+
+    Raises:
+        DataError: there is more than one, or two sources hold the same data set.
+    """
+    first = corpora[0]
+    for other in corpora[1:]:
+        if other.manifest.tokenizer.fingerprint != first.manifest.tokenizer.fingerprint:
+            raise DataError(
+                f"{first.folder} and {other.folder} were made with different tokenizers "
+                f"({first.manifest.tokenizer.fingerprint[:12]} and {other.manifest.tokenizer.fingerprint[:12]}): build "
+                "both with the same one (--tokenizer FILE)"
+            )
+        if other.fingerprint == first.fingerprint:
+            raise DataError(
+                f"{first.folder} and {other.folder} hold the same data set: name it once and raise its weight"
+            )
+    return first.manifest.tokenizer

@@ -1,0 +1,147 @@
+"""The feed: this rank's rows of each global batch, read ahead by worker processes.
+
+Global batch k depends on the data config, the seed and k alone: not on the number of ranks or workers, on how far they
+read ahead or on where the run was stopped. Each batch carries the places of all slots after it, so what was read ahead
+and not trained on is not lost.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Self
+
+import torch
+
+from megatrain.data.config import Data
+from megatrain.data.held_out import HeldOut
+from megatrain.data.rows import Arrays, empty
+from megatrain.data.shards import TRAIN, TokenizerEntry
+from megatrain.data.stream import Order, Stream
+from megatrain.data.worker import Task, Worker
+from megatrain.nn.batch import Batch
+
+
+class Feed(Iterator[Batch]):
+    """An endless iterator of `Batch`; every rank of a data-parallel group sees its own rows of the same order.
+
+    with Feed.open(data, seed=0, global_batch=32, dp_rank=1, dp_size=4, cursors=saved) as feed:
+        batch = next(feed)      # 8 rows
+        save(batch.cursors)     # the same on every rank: places of all slots after this batch
+    """
+
+    def __init__(self, order: Order, cursors: dict[str, Any] | None = None, pin_memory: bool = False):
+        self.order, self.pin_memory = order, pin_memory
+        self._workers: list[Worker] = []
+        self._stream = Stream(order, cursors)  # opened even beside workers, since it refuses what is wrong at once
+        self._start(cursors)
+
+    @classmethod
+    def open(
+        cls,
+        data: Data,
+        *,
+        seed: int,
+        global_batch: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        cursors: dict[str, Any] | None = None,
+        split: str = TRAIN,
+        vocab_size: int | None = None,
+        pin_memory: bool = False,
+    ) -> Self:
+        """The feed of one rank.
+
+        Args:
+            global_batch: rows over all ranks; a multiple of the slots.
+            cursors: `batch.cursors` of the last batch trained on, from any number of ranks and workers.
+            vocab_size: ids at or above it are refused; the tokenizer's own size where not given.
+            pin_memory: batches are in page-locked memory, so that their copy to a GPU can overlap computation.
+
+        Raises:
+            ConfigError: values that do not go together.
+            DataError: a data set is missing, damaged, too small, or not the one of the cursors.
+        """
+        return cls(Order(data, seed, global_batch, dp_rank, dp_size, split, vocab_size), cursors, pin_memory)
+
+    @property
+    def tokenizer(self) -> TokenizerEntry:
+        """The tokenizer that all sources share."""
+        return self._stream.tokenizer
+
+    @property
+    def batches(self) -> int:
+        """Global batches handed out since the beginning of the data, before a resume too."""
+        return self._delivered
+
+    def seek(self, cursors: dict[str, Any] | None) -> None:
+        """Go on after the batch that carried `cursors`, or from the very beginning. Costs the same everywhere."""
+        self.close()
+        self._stream = Stream(self.order, cursors)
+        self._start(cursors)
+
+    def _start(self, cursors: dict[str, Any] | None) -> None:
+        self._delivered = self._stream.slots.batches
+        n, self._turn = self.order.data.workers, 0
+        self._workers = [Worker(Task(self.order, cursors, i, n)) for i in range(n)]
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._workers:
+            arrays, filled = self._workers[self._turn % len(self._workers)].next()
+            batch = batch_of(arrays, filled.packed, filled.cursors, self.pin_memory, copy=True)
+            self._turn += 1
+        else:
+            arrays = empty(self.order.n_rows, self.order.data.seq_len)
+            packed, _ = self._stream.fill(arrays)
+            batch = batch_of(arrays, packed, self._stream.cursors(), self.pin_memory)
+        self._delivered += 1
+        return batch
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._workers:
+            worker.close()
+        self._workers = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def held_out(
+    data: Data,
+    *,
+    global_batch: int,
+    n_batches: int | None = None,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    vocab_size: int | None = None,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """This rank's rows of a pass over the held-out splits: the same rows in every run, whatever its seed.
+
+    Each token is met once. Every rank gets the same number of batches: what is missing of the last one has weight 0.
+
+    Args:
+        global_batch: rows over all ranks.
+        n_batches: stop after so many; the whole splits where not given.
+    """
+    source = HeldOut(data, vocab_size)
+    rows = range(dp_rank * global_batch // dp_size, (dp_rank + 1) * global_batch // dp_size)
+    for arrays, packed in source.batches(global_batch, n_batches, rows):
+        yield batch_of(arrays, packed, None, pin_memory)
+
+
+def batch_of(arrays: Arrays, packed: bool, cursors: Any, pin_memory: bool, copy: bool = False) -> Batch:
+    """A `Batch` of `arrays`, copied where they will be overwritten or must be moved to page-locked memory."""
+    tensors = {}
+    for name, array in arrays.items():
+        tensor = torch.from_numpy(array)
+        if pin_memory:
+            tensor = torch.empty_like(tensor, pin_memory=True).copy_(tensor)
+        elif copy:
+            tensor = tensor.clone()
+        tensors[name] = tensor
+    return Batch(**tensors, packed=packed, cursors=cursors)  # type: ignore[arg-type]

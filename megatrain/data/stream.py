@@ -1,0 +1,110 @@
+"""Batch after batch, as arrays: what the feed hands out, worked out in the training process or in a worker."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatrain.base.errors import ConfigError, DataError
+from megatrain.data import mixture
+from megatrain.data.config import Data
+from megatrain.data.corpus import Corpus, common_tokenizer
+from megatrain.data.rows import Arrays, Rows, check_vocabulary
+from megatrain.data.shards import TRAIN
+from megatrain.data.slots import Slots
+
+
+@dataclass(frozen=True)
+class Order:
+    """Everything that decides the batches, and which rows of them are wanted."""
+
+    data: Data
+    seed: int
+    global_batch: int
+    dp_rank: int = 0
+    dp_size: int = 1
+    split: str = TRAIN
+    vocab_size: int | None = None
+    """Ids at or above it are refused; the tokenizer's own where None."""
+
+    @property
+    def n_slots(self) -> int:
+        return self.data.n_slots(self.global_batch)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of a batch on this rank."""
+        return self.global_batch // self.dp_size
+
+
+class Stream:
+    """The rows of one rank, batch after batch, and the places of all slots."""
+
+    def __init__(self, order: Order, cursors: dict[str, Any] | None = None):
+        self.order = order
+        data = order.data
+        if problems := data.problems() + data.batch_problems(order.global_batch, order.dp_size):
+            raise ConfigError(problems)
+        self.corpora = [Corpus(Path(source.path), order.split, order.seed) for source in data.sources]
+        self.tokenizer = common_tokenizer(self.corpora)
+        self.vocab_size = order.vocab_size or self.tokenizer.vocab_size
+        _check_sizes(self.corpora, order)
+        self.share = mixture.shares([source.weight for source in data.sources])
+        self.slots = Slots.first(order.n_slots, self.share, order.seed, data.seq_len)
+        if cursors is not None:
+            self.slots.restore(cursors, order.seed, *self._names())
+        per_rank = order.n_slots // order.dp_size
+        self.own = range(order.dp_rank * per_rank, (order.dp_rank + 1) * per_rank)
+
+    def _names(self) -> tuple[list[str], list[str]]:
+        return [corpus.fingerprint for corpus in self.corpora], [source.path for source in self.order.data.sources]
+
+    def cursors(self) -> dict[str, Any]:
+        """Where all slots stand, as JSON values."""
+        return self.slots.cursors(self.order.seed, *self._names())
+
+    def skip(self) -> None:
+        """Go past a batch without reading it."""
+        self._draw(None)
+
+    def fill(self, arrays: Arrays) -> tuple[bool, Rows]:
+        """Write this rank's rows of the next batch into `arrays`.
+
+        Returns:
+            whether some row holds more than one document, and what was written where.
+
+        Raises:
+            DataError: a shard is damaged or holds an id that is not in the vocabulary.
+        """
+        rows = Rows(arrays, self.tokenizer.end_of_document)
+        self._draw(rows)
+        packed = rows.finish(self.order.data.mask_documents)
+        check_vocabulary(rows, self.vocab_size)
+        return packed, rows
+
+    def _draw(self, rows: Rows | None) -> None:
+        """Every slot draws its rows; those of this rank are filled. A slot's rows stand together in the batch."""
+        data, packing = self.order.data, self.order.data.packing
+        each = self.order.global_batch // self.order.n_slots
+        for turn in range(each):
+            picked = mixture.draw(self.slots.credit, self.share, data.seq_len)
+            if rows is not None:
+                for i, slot in enumerate(self.own):
+                    source = int(picked[slot])
+                    packing.fill(rows, i * each + turn, self.corpora[source], self.slots, slot, source)
+            packing.advance(self.slots, picked, data.seq_len)
+        self.slots.batches += 1
+
+
+def _check_sizes(corpora: list[Corpus], order: Order) -> None:
+    needed, found = order.global_batch * order.data.seq_len, sum(corpus.n_tokens for corpus in corpora)
+    if found < needed:
+        raise DataError(
+            f"the {order.split} split has {found} tokens and one batch takes {needed} ({order.global_batch} rows of "
+            f"{order.data.seq_len}): give more data, or lower train.global_batch or data.seq_len"
+        )
+    for corpus in corpora:
+        if corpus.n_tokens < order.n_slots:
+            raise DataError(
+                f"{corpus.folder} has {corpus.n_tokens} tokens in its {order.split} split, fewer than the "
+                f"{order.n_slots} slots that share them: leave it out, or lower data.slots"
+            )
