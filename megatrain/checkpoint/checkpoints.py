@@ -1,0 +1,394 @@
+"""The checkpoints of a run: saved by all ranks together, committed at one instant, kept and taken up again.
+
+A save goes through these points, in this order:
+
+1. every rank copies its counted slices to host memory; training may go on from here;
+2. rank 0 looks at the lease and the free space and makes an empty staging folder;
+3. every rank writes its files there and flushes them to disk; a digest of each slice is taken from memory on the way;
+4. when all have reported, rank 0 writes the manifest, then COMMIT with the manifest's digest, each flushed to disk;
+5. the folder is renamed to step-..., and the rename flushed. Only now is it a checkpoint.
+
+Whatever ends a rank at whatever point leaves the commits before it whole, and a folder without its name or without a
+COMMIT, which no reader takes and the next save removes.
+"""
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatrain.base.errors import CheckpointError
+from megatrain.base.log import log, warn
+from megatrain.checkpoint.config import Keep
+from megatrain.checkpoint.exchange import Exchange
+from megatrain.checkpoint.lease import Lease, run_identity
+from megatrain.checkpoint.manifest import decode, digest_of, encode
+from megatrain.checkpoint.origin import origin
+from megatrain.checkpoint.read import COMMIT, MANIFEST, Commit, Reader, candidates, folder_of, unmarked
+from megatrain.checkpoint.storage import LocalStorage, Storage, no_room, refusal
+from megatrain.checkpoint.write import Fault, HostCopy, assemble, write_files
+from megatrain.parallel.mesh import ALONE, Axis
+from megatrain.parallel.shard import Slice
+
+FILE_BYTES = 4 * 2**30
+
+
+class Holder(Protocol):
+    """What holds the state: an engine."""
+
+    def slices(self) -> Iterator[Slice]: ...
+
+    def load(self, fill: Callable[[Slice], None], states: Callable[[str], bool] = ...) -> None: ...
+
+
+class Checkpoints:
+    """Saves and finds the commits of one run. Every method is called by all ranks at the same point of the run.
+
+    Args:
+        storage: the folder that holds the step-... folders; all ranks see the same one.
+        world: all ranks of the run.
+        file_bytes: about the largest file written.
+        go_on: a save that fails is a warning, and counted in `failures`; otherwise the next `save` or `wait` raises it.
+        fault: called with the name of every point that a save passes.
+    """
+
+    def __init__(
+        self,
+        storage: Storage | str | Path,
+        world: Axis = ALONE,
+        *,
+        keep: Keep | None = None,
+        file_bytes: int = FILE_BYTES,
+        go_on: bool = False,
+        fault: Fault = lambda point: None,
+    ):
+        self.storage = LocalStorage(storage) if isinstance(storage, str | Path) else storage
+        self.keep, self.file_bytes, self.go_on = keep or Keep(), file_bytes, go_on
+        self.run: str | None = None
+        self.lease: Lease | None = None
+        self.failures: list[str] = []
+        self.committed: int | None = None
+        """Step of the latest commit that this job made."""
+        self._exchange = Exchange(world)
+        self._fault = fault
+        self._copy = HostCopy()
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    @property
+    def rank(self) -> int:
+        return self._exchange.rank
+
+    # -------------------------------------------------------------------------------------------- who may write
+
+    def claim(self, run_folder: str | Path) -> None:
+        """Take the run directory for this job.
+
+        Raises:
+            CheckpointError: on every rank, if another job holds it.
+        """
+
+        def take() -> str:
+            self.lease = Lease.take(run_folder)
+            known = self.commits()
+            return run_identity(run_folder, known[-1].manifest.facts.get("run") if known else None)
+
+        self.run = self._on_rank_0(take)
+
+    def close(self) -> None:
+        """Wait for the save that runs, and give the run directory back.
+
+        Raises:
+            CheckpointError: that save failed.
+        """
+        try:
+            self.wait()
+        finally:
+            if self.lease is not None:
+                self.lease.release()
+                self.lease = None
+            self._exchange.close()
+
+    # -------------------------------------------------------------------------------------------- saving
+
+    def save(
+        self, step: int, slices: Iterable[Slice], state: Any, facts: dict[str, Any], *, asynchronous: bool = True
+    ) -> None:
+        """Save the counted `slices` as the commit of `step`. When this returns, their memory may change.
+
+        A save that is still running is awaited first.
+
+        Args:
+            state: where the run stands, as JSON values; the same on every rank.
+            facts: what the run is, as JSON values: config, tokenizer (its fingerprint), lineage.
+            asynchronous: write in a thread, and let the caller train on.
+
+        Raises:
+            CheckpointError: the save before this one failed, or, if not asynchronous, this one.
+        """
+        self.wait()
+        self._fault("before the copy")
+        self._copy.take(slices)
+        known = {"run": self.run, "origin": origin(self._exchange.size)}
+        frozen_state, frozen_facts = json.loads(json.dumps(state)), json.loads(json.dumps(facts | known))
+        self._thread = threading.Thread(
+            target=self._guarded, args=(step, frozen_state, frozen_facts), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+        if not asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when no save is running.
+
+        Raises:
+            CheckpointError: the save failed (with `go_on`, that is only counted).
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is None:
+            return
+        if self.go_on and isinstance(failure, CheckpointError):
+            self.failures.append(str(failure))
+            warn("a checkpoint was not saved and training goes on: %s", failure)
+            return
+        raise failure
+
+    def _guarded(self, step: int, state: Any, facts: dict[str, Any]) -> None:
+        try:
+            self._save(step, state, facts)
+        except BaseException as error:
+            self._failure = error
+
+    def _save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
+        folder = folder_of(step)
+        staging = self.storage.staging(folder)
+        needed = self._exchange.gather(self._copy.bytes)
+        self._on_rank_0(lambda: self._prepare(staging, sum(needed)))
+        self._fault("before the files")
+        reports = self._exchange.gather(self._write(staging))
+        self._fault("after the files")
+        try:
+            self._on_rank_0(lambda: self._commit(step, folder, staging, state, facts, reports))
+        except CheckpointError:
+            self._on_rank_0(lambda: self._discard(staging))
+            raise
+        self.committed = step
+        if self.rank == 0:
+            log("saved step %d to %s", step, self.storage.describe(folder))
+            self._retire()
+
+    def _prepare(self, staging: str, needed: int) -> None:
+        if self.lease is not None:
+            self.lease.check()
+        try:
+            self._sweep()
+            free = self.storage.free_bytes()
+            if free is not None and free < needed:
+                raise no_room(self.storage, needed, free)
+            self.storage.prepare(staging)
+        except OSError as error:
+            raise refusal(error, "preparing a checkpoint", self.storage, needed) from None
+
+    def _write(self, staging: str) -> dict[str, Any]:
+        """This rank's report: what it wrote, or why it could not."""
+        try:
+            written = write_files(self._copy, self.storage, staging, self.rank, self.file_bytes, self._fault)
+            return {"written": written.plain()}
+        except FileNotFoundError as error:
+            return {"problem": f"rank {self.rank} does not see rank 0's folder ({error}): share it between nodes"}
+        except OSError as error:
+            refused = refusal(error, f"writing rank {self.rank}'s part of a checkpoint", self.storage, self._copy.bytes)
+            return {"problem": str(refused)}
+        except Exception as error:  # a defect; told to the others, who would wait for this rank's report
+            return {"problem": f"rank {self.rank} could not write its part of a checkpoint: {error!r}"}
+
+    def _commit(
+        self, step: int, folder: str, staging: str, state: Any, facts: dict[str, Any], reports: list[dict[str, Any]]
+    ) -> None:
+        if problems := [report["problem"] for report in reports if "problem" in report]:
+            raise CheckpointError(problems[0])
+        text = encode(step, state, facts, *assemble(report["written"] for report in reports))
+        decode(text, f"the manifest of step {step}")  # refuses what the slices of all ranks left out or wrote twice
+        try:
+            self.storage.write(f"{staging}/{MANIFEST}", [text])
+            self._fault("after the manifest")
+            self.storage.write(f"{staging}/{COMMIT}", [digest_of(text).encode() + b"\n"])
+            self._fault("after COMMIT")
+            if self.lease is not None:
+                self.lease.check()
+            self.storage.publish(staging, folder)
+        except OSError as error:
+            raise refusal(error, f"committing step {step}", self.storage) from None
+        self._fault("after the rename")
+        with contextlib.suppress(OSError):  # for people; no reader trusts it
+            self.storage.hint("latest", f"{folder}\n")
+
+    def _discard(self, staging: str) -> None:
+        try:
+            self.storage.delete(staging, COMMIT)
+        except OSError as error:
+            warn("%s could not be removed: %s", self.storage.describe(staging), error)
+
+    # -------------------------------------------------------------------------------------------- keeping
+
+    def _retire(self) -> None:
+        """Delete the commits that `keep` does not keep; that it fails is no reason to end a run."""
+        try:
+            whole = {}
+            for step, folder in candidates(self.storage):
+                try:
+                    Commit.open(self.storage, folder)
+                except CheckpointError as error:
+                    warn("%s", error)
+                else:
+                    whole[step] = folder
+            for step in self.keep.superfluous(list(whole)):
+                self._fault("before a deletion")
+                self.storage.delete(whole[step], COMMIT)
+                self._fault("after a deletion")
+        except OSError as error:
+            warn("old checkpoints in %s could not be removed: %s", self.storage.describe(), error)
+
+    def _sweep(self) -> None:
+        """Remove what saves and deletions that were cut off have left behind."""
+        whole = {folder for _, folder in candidates(self.storage)}
+        for folder in self.storage.folders():
+            if folder.startswith(".step-") and folder not in whole:
+                self.storage.delete(folder, COMMIT)
+
+    # -------------------------------------------------------------------------------------------- taking up
+
+    def commits(self) -> list[Commit]:
+        """The commits that this process sees whole (sizes and manifest, not every digest), oldest first."""
+        found = []
+        for _, folder in candidates(self.storage):
+            try:
+                found.append(Commit.open(self.storage, folder))
+            except CheckpointError as error:
+                warn("%s", error)
+        return found[::-1]
+
+    def newest(self, fallback: bool = False) -> Commit | None:
+        """The newest commit, the same on every rank, all of its bytes checked; None if there is none.
+
+        Rank 0 decides. Every rank then looks with its own eyes, and checks its share of the digests.
+
+        Args:
+            fallback: when it is damaged take the one before it, with a warning.
+
+        Raises:
+            CheckpointError: on every rank, with what is damaged.
+        """
+        found = self._on_rank_0(self._candidates)
+        for _, folder in found:
+            commit, problem = self._look(folder)
+            views = self._exchange.all({"digest": commit and commit.digest, "problem": problem})
+            problems = [view["problem"] for view in views if view["problem"]] or [
+                f"rank {rank} sees another checkpoint in {self.storage.describe(folder)} than rank 0 does"
+                for rank, view in enumerate(views)
+                if view["digest"] != views[0]["digest"]
+            ]
+            if commit and not problems:
+                damage = commit.damage(self.rank, self._exchange.size)
+                problems = [sentence for share in self._exchange.all(damage) for sentence in share]
+                if not problems:
+                    return commit
+            if not fallback:
+                raise CheckpointError("\n".join(problems))
+            if self.rank == 0:
+                warn("%s; the checkpoint before it is taken", problems[0])
+        if found:
+            raise CheckpointError(f"all {len(found)} checkpoints in {self.storage.describe()} are damaged: restore one")
+        return None
+
+    def load(self, reader: Reader, holder: Holder, states: Callable[[str], bool] = lambda state: True) -> None:
+        """Fill the holder's slices, on all ranks, from a commit of any layout.
+
+        Args:
+            states: which kinds of tensor are wanted; `init_from` wants weights alone.
+
+        Raises:
+            CheckpointError: the model and the checkpoint differ in names or shapes (all of them named, before anything
+                is loaded), or the checkpoint holds tensors of these states that nothing in the run takes.
+        """
+        mine = {s.name: list(s.full_shape) for s in holder.slices() if s.state == "weights"}
+        model = {name: tuple(shape) for part in self._exchange.all(mine) for name, shape in part.items()}
+        if problems := differences(reader.shapes("weights"), model):
+            where = self.storage.describe(reader.commit.folder)
+            raise CheckpointError("\n".join([f"{where} is not of this model:", *problems]))
+        problem = None
+        try:
+            holder.load(reader.fill, states)
+        except CheckpointError as error:
+            problem = str(error)
+        parts = self._exchange.all({"used": sorted(reader.used), "problem": problem})
+        if problems := [part["problem"] for part in parts if part["problem"]]:
+            raise CheckpointError(problems[0])
+        used = {tuple(key) for part in parts for key in part["used"]}
+        wanted = {key for key in reader.manifest.tensors if states(key[0])}
+        if left := sorted(f"{state} of {name}" for state, name in wanted - used):
+            raise CheckpointError(
+                f"{reader.commit.folder} holds {len(left)} tensors that this run does not take ({_some(left)}): "
+                "its optimiser or model is another one"
+            )
+
+    # -------------------------------------------------------------------------------------------- together
+
+    def _candidates(self) -> list[tuple[int, str]]:
+        for folder in unmarked(self.storage):
+            warn("%s has no %s and is not taken: it was never whole, or lost it", self.storage.describe(folder), COMMIT)
+        return candidates(self.storage)
+
+    def _look(self, folder: str) -> tuple[Commit | None, str | None]:
+        """The commit as this rank sees it, or why it cannot be used."""
+        try:
+            commit = Commit.open(self.storage, folder)
+        except CheckpointError as error:
+            return None, str(error)
+        theirs = commit.manifest.facts.get("run")
+        if self.run is not None and theirs is not None and theirs != self.run:
+            return None, (
+                f"{self.storage.describe(folder)} belongs to another run ({theirs}, this directory is of {self.run}): "
+                "move it away, or name it in checkpoint.init_from"
+            )
+        return commit, None
+
+    def _on_rank_0(self, do: Callable[[], Any]) -> Any:
+        """What `do` returns on rank 0, or the CheckpointError that it raises there, on every rank."""
+        answer: dict[str, Any] = {}
+        if self.rank == 0:
+            try:
+                answer = {"value": do()}
+            except CheckpointError as error:
+                answer = {"problem": str(error)}
+            except Exception as error:
+                self._exchange.broadcast({"problem": f"rank 0 failed: {error!r}"})
+                raise
+        answer = self._exchange.broadcast(answer)
+        if "problem" in answer:
+            raise CheckpointError(answer["problem"])
+        return answer["value"]
+
+
+def differences(saved: dict[str, tuple[int, ...]], model: dict[str, tuple[int, ...]]) -> list[str]:
+    """How the names and shapes of a checkpoint's weights differ from a model's, a line for each kind."""
+    missing, extra = sorted(set(model) - set(saved)), sorted(set(saved) - set(model))
+    other = sorted(name for name in set(saved) & set(model) if tuple(saved[name]) != tuple(model[name]))
+    found = []
+    if missing:
+        found.append(f"{len(missing)} weights of the model are not in it: {_some(missing)}")
+    if extra:
+        found.append(f"{len(extra)} of its weights are not in the model: {_some(extra)}")
+    if other:
+        shapes = [f"{name} {list(saved[name])} in it, {list(model[name])} in the model" for name in other]
+        found.append(f"{len(other)} have another shape: {_some(shapes)}")
+    return found
+
+
+def _some(names: list[str], n: int = 8) -> str:
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")

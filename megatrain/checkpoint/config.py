@@ -1,0 +1,57 @@
+"""The `checkpoint` section of a run file."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep:
+    """Which commits stay when a new one is made."""
+
+    last: int = 3
+    """The newest n. At least 2, so that a damaged one leaves another."""
+    every: int | None = None
+    """Also every commit whose step is a multiple of this."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.last < 2:
+            found.append(f"last={self.last}: at least 2 are kept, so that a damaged checkpoint leaves another")
+        if self.every is not None and self.every < 1:
+            found.append(f"every={self.every}: it must be at least 1 step, or left out")
+        return found
+
+    def superfluous(self, steps: Sequence[int]) -> list[int]:
+        """Those of the committed `steps` that may go, oldest first."""
+        newest = sorted(steps)[-self.last :]
+        return [s for s in sorted(steps) if s not in newest and not (self.every and s % self.every == 0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """When state is saved, what is kept and what a new start takes up."""
+
+    every: int | None = None
+    """Steps between saves; without it only the end of the run is saved (and a preemption)."""
+    keep: Keep = field(default_factory=Keep)
+    async_: bool = True
+    """Write while training goes on; the step waits only for the copy to host memory."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """auto: resume where there are commits, else start; must: never start anew; never: refuse a folder with commits."""
+    fallback: bool = False
+    """Take the commit before when the newest one is damaged. Half-written ones are never taken, whatever this says."""
+    failed_save: Literal["stop", "go_on"] = "stop"
+    """What a save that fails (a full disk) does to the run; `go_on` warns and tries again at the next save."""
+    init_from: str | None = None
+    """A checkpoint whose weights the run starts from; optimiser, schedule and data start anew."""
+    acknowledge: tuple[str, ...] = ()
+    """Keys that are meant to differ from those of the commit that is resumed, though they change the mathematics."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.every is not None and self.every < 1:
+            found.append(f"every={self.every}: it must be at least 1 step, or left out")
+        if self.init_from is not None and self.resume == "must":
+            found.append("init_from starts a new run and resume=must refuses one: leave one of them out")
+        return found
