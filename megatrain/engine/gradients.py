@@ -1,68 +1,76 @@
 """Where gradients are accumulated, and how they are summed over ranks: float32 throughout."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatrain.parallel.mesh import Axis
-from megatrain.parallel.shard import Shard
 
 BUCKET_ELEMENTS = 2**24
 """Elements that are reduced at a time: 64 MiB, enough to hide the latency of a collective."""
 
 
 class Gradients:
-    """The float32 gradients of named parameters, whatever format the parameters have.
+    """The float32 gradients of parameters, whatever format the parameters have.
 
-    Gradients that are summed over ranks live in flat buffers, of which each `p.grad` is a view: reducing copies
-    nothing. The others are left to autograd, which keeps the first one it computes instead of adding it to zeros.
+    Those that are summed over ranks live in flat buffers, of which each `p.grad` is a view, so that reducing copies
+    nothing. On one rank they are left to autograd, which keeps the first one it computes instead of adding it to zeros.
     """
 
-    def __init__(self, named: Mapping[str, nn.Parameter], shards: Mapping[str, Shard], data: Axis, tp: Axis):
-        self.named, self.data, self.tp = named, data, tp
-        for p in named.values():
+    def __init__(self, parameters: Sequence[nn.Parameter], data: Axis):
+        self.parameters, self.data = parameters, data
+        for p in parameters:
             p.grad_dtype = torch.float32
-        partial = [n for n in named if shards[n].summed_over_tp and tp.size > 1]
-        others = [n for n in named if n not in set(partial)] if data.size > 1 else []
-        self.partial = [self._buffer(names) for names in self._buckets(partial)]
-        """Buffers whose content each tensor-parallel rank has a part of."""
-        self.buffers = self.partial + [self._buffer(names) for names in self._buckets(others)]
-        self.loose = [named[n] for n in named if n not in {*partial, *others}]
-
-    def _buckets(self, names: list[str]) -> list[list[str]]:
-        buckets: list[list[str]] = []
-        filled = BUCKET_ELEMENTS
-        for name in names:
-            if filled >= BUCKET_ELEMENTS:
-                buckets.append([])
-                filled = 0
-            buckets[-1].append(name)
-            filled += self.named[name].numel()
-        return buckets
-
-    def _buffer(self, names: list[str]) -> Tensor:
-        parameters = [self.named[n] for n in names]
-        flat = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float32, device=parameters[0].device)
-        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad = part.view_as(p)
-        return flat
+        self.buffers = [_buffer(bucket) for bucket in _buckets(parameters)] if data.size > 1 else []
 
     def reduce(self) -> None:
-        """Sum over tensor-parallel ranks what is partial there, then everything over the ranks with other rows."""
-        for flat in self.partial:
-            dist.all_reduce(flat, group=self.tp.group)
-        if self.data.size > 1:
-            works = [dist.all_reduce(flat, group=self.data.group, async_op=True) for flat in self.buffers]
-            for work in works:
-                work.wait()
-        for p in self.loose:
+        """Sum over the ranks that have other rows of the batch."""
+        works = [dist.all_reduce(flat, group=self.data.group, async_op=True) for flat in self.buffers]
+        for work in works:
+            work.wait()
+        for p in self.parameters:
             if p.grad is None:  # it took no part in this loss; the optimiser must see the zero that this means
                 p.grad = torch.zeros_like(p, dtype=torch.float32)
 
     def clear(self) -> None:
         for flat in self.buffers:
             flat.zero_()
-        for p in self.loose:
-            p.grad = None
+        if not self.buffers:
+            for p in self.parameters:
+                p.grad = None
+
+
+def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    buckets: list[list[nn.Parameter]] = []
+    filled = BUCKET_ELEMENTS
+    for p in parameters:
+        if filled >= BUCKET_ELEMENTS:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(p)
+        filled += p.numel()
+    return buckets
+
+
+def _buffer(parameters: list[nn.Parameter]) -> Tensor:
+    sizes = [p.numel() for p in parameters]
+    flat = torch.zeros(sum(sizes), dtype=torch.float32, device=parameters[0].device)
+    for p, part in zip(parameters, flat.split(sizes), strict=True):
+        p.grad = part.view_as(p)
+    return flat
+
+
+def sum_partial(parameters: Sequence[nn.Parameter], tp: Axis) -> None:
+    """Sum over tensor-parallel ranks the gradients of which each has a part (copies under sequence parallelism).
+
+    They are few and small (norm gains, biases), so one collective carries them all.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if tp.size == 1 or not gradients:
+        return
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat, group=tp.group)
+    for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        g.copy_(part.view_as(g))

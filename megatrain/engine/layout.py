@@ -33,6 +33,8 @@ class Layout:
     micro_batch: int = 1
     """Sequences that a rank sees in one pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: Literal["auto", True, False] = "auto"
+    """Compile each block with torch.compile; auto does so on a GPU, where it pays at any size."""
 
     def problems(self) -> list[str]:
         sizes = {name: getattr(self, name) for name in ("tp", "pp", "cp", "ep", "dp", "micro_batch")}
@@ -49,6 +51,9 @@ class Layout:
         if self.zero not in (None, 0, 1, 2, 3):
             found.append(f"zero={self.zero} is no stage of ZeRO: pick 0, 1, 2 or 3")
         return found
+
+    def compiles(self, device_kind: str) -> bool:
+        return device_kind == "cuda" if self.compile == "auto" else self.compile
 
     @property
     def cuts_sequence(self) -> bool:

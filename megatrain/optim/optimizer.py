@@ -1,6 +1,7 @@
 """What an optimiser is to the engines, and how parameters are sorted into groups with settings of their own."""
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
@@ -108,8 +109,9 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def guarded_step(optimizer: torch.optim.Optimizer, divisor: Tensor, found_inf: Tensor) -> None:
-    """One step on gradients divided by `divisor`, or nothing at all where `found_inf` is 1.
+@contextlib.contextmanager
+def guarded(optimizer: torch.optim.Optimizer, divisor: Tensor, found_inf: Tensor) -> Iterator[None]:
+    """Within, `optimizer.step()` works on gradients divided by `divisor`, and does nothing where `found_inf` is 1.
 
     Args:
         divisor: float32 scalar on the parameters' device.
@@ -117,7 +119,7 @@ def guarded_step(optimizer: torch.optim.Optimizer, divisor: Tensor, found_inf: T
     """
     optimizer.grad_scale, optimizer.found_inf = divisor, found_inf  # type: ignore[attr-defined]
     try:
-        optimizer.step()
+        yield
     finally:
         del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
 

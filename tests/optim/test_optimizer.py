@@ -12,7 +12,7 @@ from megatrain.optim.kinds.adamw import AdamW
 from megatrain.optim.optimizer import (
     OPTIMIZER,
     Group,
-    guarded_step,
+    guarded,
     parameter_groups,
     set_lr,
     set_step_count,
@@ -20,6 +20,11 @@ from megatrain.optim.optimizer import (
 )
 
 ONE, ZERO = torch.tensor(1.0), torch.tensor(0.0)
+
+
+def guarded_step(optimizer, divisor, found_inf):
+    with guarded(optimizer, divisor, found_inf):
+        optimizer.step()
 
 
 def tensors(*, device: str = "cpu") -> dict[str, nn.Parameter]:

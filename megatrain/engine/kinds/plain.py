@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from megatrain.base.errors import ConfigError
 from megatrain.engine.api import ENGINE, Engine, EngineCase, Parts, StepReport
-from megatrain.engine.gradients import Gradients
+from megatrain.engine.gradients import Gradients, sum_partial
 from megatrain.engine.passes import Passes, mean, summed
 from megatrain.nn.batch import Batch
 from megatrain.optim.norm import clip_divisor, counted, global_norm, not_finite, squared_norm
-from megatrain.optim.optimizer import guarded_step, set_lr, set_step_count, step_count
+from megatrain.optim.optimizer import guarded, set_lr, set_step_count, step_count
 from megatrain.parallel.shard import Slice, shards, slices_of
 
 
@@ -47,10 +47,14 @@ class PlainEngine:
         if problems := parts.optimizer.unmatched(self.named):
             raise ConfigError(problems)
         self.masters = masters_of(self.model, self.named, parts.precision.parameters)
-        self.gradients = Gradients(self.named, self.shards, self.data, self.tp)
+        self.partial = [p for name, p in self.named.items() if self.shards[name].summed_over_tp]
+        self.gradients = self._gradients()
         self.passes = Passes(self.model, self.data, parts.micro_batch, self.device, parts.precision.autocast)
         self.optimizer = parts.optimizer.build(self.masters)
         parts.optimizer.allocate(self.optimizer, self.masters.values())
+
+    def _gradients(self) -> Gradients:
+        return Gradients(list(self.named.values()), self.data)
 
     def step(self, batch: Batch, lr: float) -> StepReport:
         batch = batch.to(self.device)
@@ -64,7 +68,8 @@ class PlainEngine:
         norm = global_norm(squared_norm(counts, self.device), (self.tp, self.pp))
         skipped = not_finite(norm)
         set_lr(self.optimizer, lr)
-        guarded_step(self.optimizer, clip_divisor(norm, self.parts.optimizer.clip), skipped)
+        with guarded(self.optimizer, clip_divisor(norm, self.parts.optimizer.clip), skipped):
+            self.optimizer.step()
         self._publish()
         self.gradients.clear()
         return StepReport(mean(summed(loss_sum, self.data), tokens), tokens, norm, skipped)
@@ -72,6 +77,7 @@ class PlainEngine:
     def _gradients_of(self, batch: Batch, tokens: Tensor) -> Tensor:
         """Leave the gradient of the global mean loss in the parameters; return this rank's loss sum."""
         loss_sum = self.passes.forward_backward(batch, tokens)
+        sum_partial(self.partial, self.tp)
         self.gradients.reduce()
         return loss_sum
 
