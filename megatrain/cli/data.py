@@ -1,6 +1,8 @@
 """megatrain data: build, look at and check data sets. The work is done in megatrain/data, imported when asked for."""
 
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,15 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 
-@click.group(help="Build, look at and check data sets.")
+@click.group(
+    help="""Build, look at and check data sets.
+
+    \b
+    Example:
+      megatrain data build corpus/ --out data/mine
+      megatrain data inspect data/mine
+    """
+)
 def command() -> None: ...
 
 
@@ -122,3 +132,87 @@ def _report(built: Any, out: Path) -> None:
         )
     if not manifest.splits["held_out"].documents and manifest.provenance.get("held_out"):
         click.echo("nothing is held out: the input is a single document (or the same one again)")
+
+
+@command.command(
+    "inspect",
+    help="""Show what is in a data set: counts, lengths, frequent tokens, the beginnings of some documents.
+
+    \b
+    Example:
+      megatrain data inspect data/python
+    """,
+)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--examples", default=3, show_default=True, help="Documents to show of each split.")
+@click.option("--frequent", default=20, show_default=True, help="Tokens to show of the most frequent ones.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON value.")
+def inspect_command(folder: Path, examples: int, frequent: int, as_json: bool) -> None:
+    from megatrain.data.summary import summarize
+
+    facts = summarize(folder, examples, frequent)
+    if as_json:
+        click.echo(json.dumps(facts, ensure_ascii=False))
+        return
+    for line in _summary_lines(facts):
+        click.echo(line)
+
+
+def _summary_lines(facts: dict[str, Any]) -> Iterator[str]:
+    from megatrain.base.units import show_bytes, show_count
+
+    yield f"{facts['name']}: vocabulary of {facts['vocab_size']:,}, ids are {facts['dtype']}"
+    yield f"tokenizer {facts['tokenizer'][:16]}"
+    for name, split in facts["splits"].items():
+        yield ""
+        counts = f"{split['documents']:,} documents, {show_count(split['tokens'])} tokens, {split['shards']} shards"
+        yield f"{name}: {counts}"
+        if not split["documents"]:
+            continue
+        length = split["length"]
+        yield f"  {show_bytes(split['text_bytes'])} of text, {split['bytes_per_token']:.3f} bytes per token"
+        yield "  tokens of a document: " + ", ".join(
+            f"{key} {length[key]:,.0f}" for key in ("min", "p10", "median", "mean", "p90", "max")
+        )
+        most = max(row["documents"] for row in length["histogram"])
+        for row in length["histogram"]:
+            bar = "█" * -(-40 * row["documents"] // most)
+            yield f"  {row['from']:>9,} to {row['below'] - 1:>9,} {bar} {row['documents']:,}"
+        if split["frequent"]:
+            named = (f"{row['token']!r} {row['share']:.1%}" for row in split["frequent"])
+            yield "  frequent: " + "  ".join(named)
+        for example in split["examples"]:
+            yield f"  {example['id']} ({example['tokens']:,} tokens): {example['begins']!r}"
+
+
+@command.command(
+    "verify",
+    help="""Check every byte of a data set against its manifest: checksums, sizes, the index against the tar, each
+    document. Exits with 1 and the names of the bad files if anything is wrong.
+
+    \b
+    Example:
+      megatrain data verify data/python
+    """,
+)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--workers", default=1, show_default=True, help="Processes that read shards.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON value.")
+def verify_command(folder: Path, workers: int, as_json: bool) -> None:
+    from megatrain.base.errors import EXIT_FAILURE
+    from megatrain.data.verification import verify
+
+    files, faults = 0, []
+    for _, found in verify(folder, workers):
+        files += 1
+        faults += found
+        for fault in () if as_json else found:
+            click.echo(f"bad: {fault.path}: {fault.what}")
+    bad = sorted({fault.path for fault in faults})
+    if as_json:
+        rows = [{"path": fault.path, "what": fault.what} for fault in faults]
+        click.echo(json.dumps({"ok": not faults, "bad": bad, "faults": rows}))
+    elif not faults:
+        click.echo(f"{folder} is whole: {files} files are as the manifest says")
+    if faults:
+        raise click.exceptions.Exit(EXIT_FAILURE)

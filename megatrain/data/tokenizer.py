@@ -34,12 +34,12 @@ class Tokenizer:
     backend: Any = field(repr=False, compare=False)
 
     @classmethod
-    def open(cls, path: Path, end_of_document: str | None = None) -> Self:
+    def open(cls, path: Path, end_of_document: str | int | None = None) -> Self:
         """The tokenizer in a tokenizer.json.
 
         Args:
             path: a file of the `tokenizers` package, ours or one that came with a model.
-            end_of_document: the token that ends a document; None looks for one of the usual names.
+            end_of_document: the token that ends a document, or its id; None looks for one of the usual names.
 
         Raises:
             DataError: there is no such file, it is no tokenizer, or it has no such token.
@@ -53,7 +53,7 @@ class Tokenizer:
         return cls.parse(content, str(path), end_of_document)
 
     @classmethod
-    def parse(cls, content: bytes, origin: str, end_of_document: str | None = None) -> Self:
+    def parse(cls, content: bytes, origin: str, end_of_document: str | int | None = None) -> Self:
         """A tokenizer from the bytes of its file; `origin` names it in errors."""
         try:
             backend = tokenizers.Tokenizer.from_str(content.decode())
@@ -102,7 +102,11 @@ class Tokenizer:
         return text if text and "\ufffd" not in text else (self.backend.id_to_token(i) or f"<{i}>")
 
 
-def _end_of_document(backend: tokenizers.Tokenizer, origin: str, wanted: str | None) -> int:
+def _end_of_document(backend: tokenizers.Tokenizer, origin: str, wanted: str | int | None) -> int:
+    if isinstance(wanted, int):
+        if backend.id_to_token(wanted) is None:
+            raise DataError(f"{origin} has no id {wanted} to end documents with: give the tokenizer of this data set")
+        return wanted
     for token in (wanted,) if wanted else _KNOWN_ENDS:
         found = backend.token_to_id(token)
         if found is not None:
