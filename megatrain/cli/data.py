@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,41 +147,14 @@ def _report(built: Any, out: Path) -> None:
 @click.option("--frequent", default=20, show_default=True, help="Tokens to show of the most frequent ones.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON value.")
 def inspect_command(folder: Path, examples: int, frequent: int, as_json: bool) -> None:
-    from megatrain.data.summary import summarize
+    from megatrain.data.summary import drawn, summarize
 
     facts = summarize(folder, examples, frequent)
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False))
         return
-    for line in _summary_lines(facts):
+    for line in drawn(facts):
         click.echo(line)
-
-
-def _summary_lines(facts: dict[str, Any]) -> Iterator[str]:
-    from megatrain.base.units import show_bytes, show_count
-
-    yield f"{facts['name']}: vocabulary of {facts['vocab_size']:,}, ids are {facts['dtype']}"
-    yield f"tokenizer {facts['tokenizer'][:16]}"
-    for name, split in facts["splits"].items():
-        yield ""
-        counts = f"{split['documents']:,} documents, {show_count(split['tokens'])} tokens, {split['shards']} shards"
-        yield f"{name}: {counts}"
-        if not split["documents"]:
-            continue
-        length = split["length"]
-        yield f"  {show_bytes(split['text_bytes'])} of text, {split['bytes_per_token']:.3f} bytes per token"
-        yield "  tokens of a document: " + ", ".join(
-            f"{key} {length[key]:,.0f}" for key in ("min", "p10", "median", "mean", "p90", "max")
-        )
-        most = max(row["documents"] for row in length["histogram"])
-        for row in length["histogram"]:
-            bar = "█" * -(-40 * row["documents"] // most)
-            yield f"  {row['from']:>9,} to {row['below'] - 1:>9,} {bar} {row['documents']:,}"
-        if split["frequent"]:
-            named = (f"{row['token']!r} {row['share']:.1%}" for row in split["frequent"])
-            yield "  frequent: " + "  ".join(named)
-        for example in split["examples"]:
-            yield f"  {example['id']} ({example['tokens']:,} tokens): {example['begins']!r}"
 
 
 @command.command(
@@ -216,3 +188,49 @@ def verify_command(folder: Path, workers: int, as_json: bool) -> None:
         click.echo(f"{folder} is whole: {files} files are as the manifest says")
     if faults:
         raise click.exceptions.Exit(EXIT_FAILURE)
+
+
+@command.command(
+    "trace",
+    help="""Print what each global batch of a run is made of, without training: a hash of its tokens and its documents.
+
+    The hash is the sha256 of the tokens as little-endian int64 [global_batch, seq_len]. Step 0 is the first batch, and
+    the end of the range is left out.
+
+    \b
+    Example:
+      megatrain data trace configs/run/tiny.yaml --steps 0:40 --dp 2 --json
+    """,
+)
+@click.argument("run_file", metavar="RUN.yaml")
+@click.argument("overrides", nargs=-1, metavar="[key=value ...]")
+@click.option("--steps", default="0:10", show_default=True, metavar="A:B", help="Half-open range of steps.")
+@click.option("--dp", default=1, show_default=True, help="Data-parallel ranks whose rows are put together.")
+@click.option("--workers", type=int, help="Reading processes of each rank.  [default: the run's]")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
+def trace_command(
+    run_file: str, overrides: tuple[str, ...], steps: str, dp: int, workers: int | None, as_json: bool
+) -> None:
+    from megatrain.data.trace import trace
+    from megatrain.train.run import read_run
+
+    start, stop = _step_range(steps)
+    if workers is not None:
+        overrides = (*overrides, f"data.workers={workers}")
+    run = read_run(run_file, overrides).run
+    for row in trace(run.data, seed=run.seed, global_batch=run.train.global_batch, start=start, stop=stop, dp=dp):
+        if as_json:
+            click.echo(json.dumps(row, ensure_ascii=False))
+        else:
+            documents = row["documents"]
+            more = f" and {len(documents) - 4} more" if len(documents) > 4 else ""
+            click.echo(f"{row['step']:>8}  {row['sha256'][:16]}  {', '.join(documents[:4])}{more}")
+
+
+def _step_range(text: str) -> tuple[int, int]:
+    from megatrain.base.errors import ConfigError
+
+    start, colon, stop = text.partition(":")
+    if not (colon and start.isdecimal() and stop.isdecimal() and int(start) <= int(stop)):
+        raise ConfigError(f"--steps {text!r} is no range of steps: write FIRST:END, for example 0:40; END is left out")
+    return int(start), int(stop)

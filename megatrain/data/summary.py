@@ -1,11 +1,13 @@
 """What is in a data set, for people and for scripts: counts, lengths, frequent tokens, a few documents."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatrain.base.units import show_bytes, show_count
 from megatrain.data.shards import Manifest, Shard, Split
 from megatrain.data.tokenizer import Tokenizer
 
@@ -43,6 +45,32 @@ def summarize(folder: Path, examples: int = 3, frequent: int = 20) -> dict[str, 
         "splits": splits,
         "provenance": manifest.provenance,
     }
+
+
+def drawn(facts: dict[str, Any]) -> Iterator[str]:
+    """The facts that `summarize` found, as lines for a terminal."""
+    yield f"{facts['name']}: vocabulary of {facts['vocab_size']:,}, ids are {facts['dtype']}"
+    yield f"tokenizer {facts['tokenizer'][:16]}"
+    for name, split in facts["splits"].items():
+        yield ""
+        counts = f"{split['documents']:,} documents, {show_count(split['tokens'])} tokens, {split['shards']} shards"
+        yield f"{name}: {counts}"
+        if not split["documents"]:
+            continue
+        length = split["length"]
+        yield f"  {show_bytes(split['text_bytes'])} of text, {split['bytes_per_token']:.3f} bytes per token"
+        yield "  tokens of a document: " + ", ".join(
+            f"{key} {length[key]:,.0f}" for key in ("min", "p10", "median", "mean", "p90", "max")
+        )
+        most = max(row["documents"] for row in length["histogram"])
+        for row in length["histogram"]:
+            bar = "█" * -(-40 * row["documents"] // most)
+            yield f"  {row['from']:>9,} to {row['below'] - 1:>9,} {bar} {row['documents']:,}"
+        if split["frequent"]:
+            named = (f"{row['token']!r} {row['share']:.1%}" for row in split["frequent"])
+            yield "  frequent: " + "  ".join(named)
+        for example in split["examples"]:
+            yield f"  {example['id']} ({example['tokens']:,} tokens): {example['begins']!r}"
 
 
 def _counts(split: Split) -> dict[str, Any]:

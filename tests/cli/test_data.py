@@ -1,0 +1,50 @@
+"""The data commands that need a run file."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from megatrain.base.errors import ConfigError
+from megatrain.cli.data import command
+from megatrain.data.build import BuildOptions, build
+
+RUN = """
+model: {kind: decoder, d_model: 16, n_layers: 1, n_heads: 2, d_ff: 16}
+data: {sources: [{path: DATA}], seq_len: 16, workers: 0}
+train: {steps: 4, global_batch: 4}
+optimizer: {kind: adamw, lr: 1e-3}
+schedule: {kind: cosine, warmup: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trace")
+    (folder / "a.jsonl").write_text(
+        "".join(json.dumps({"text": f"document number {i} " * 4}) + "\n" for i in range(40))
+    )
+    build(BuildOptions((folder / "a.jsonl",), folder / "data", vocab_size=270))
+    (folder / "run.yaml").write_text(RUN.replace("DATA", str(folder / "data")))
+    return folder / "run.yaml"
+
+
+def trace(run_file: Path, *arguments: str) -> list[dict]:
+    result = CliRunner().invoke(command, ["trace", str(run_file), *arguments, "--json"], catch_exceptions=False)
+    assert result.exit_code == 0
+    return [json.loads(line) for line in result.output.splitlines()]
+
+
+def test_the_trace_is_a_line_a_batch_and_the_same_for_any_number_of_ranks(run_file):
+    alone = trace(run_file, "--steps", "0:6")
+    assert [row["step"] for row in alone] == list(range(6))
+    assert len({row["sha256"] for row in alone}) == 6
+    assert trace(run_file, "--steps", "2:6", "--dp", "2") == alone[2:]
+    assert trace(run_file, "--steps", "0:6", "seed=1") != alone
+
+
+def test_a_range_that_is_none_is_refused(run_file):
+    for steps in ("4", "4:2", "a:b", "-1:2", ""):
+        with pytest.raises(ConfigError, match="is no range of steps"):
+            CliRunner().invoke(command, ["trace", str(run_file), "--steps", steps], catch_exceptions=False)
