@@ -6,6 +6,7 @@ and not trained on is not lost.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -71,6 +72,10 @@ class Feed(Iterator[Batch]):
         """Global batches handed out since the beginning of the data, before a resume too."""
         return self._delivered
 
+    @property
+    def worker_pids(self) -> list[int]:
+        return [worker.process.pid for worker in self._workers]
+
     def seek(self, cursors: dict[str, Any] | None) -> None:
         """Go on after the batch that carried `cursors`, or from the very beginning. Costs the same everywhere."""
         self.close()
@@ -94,6 +99,8 @@ class Feed(Iterator[Batch]):
             arrays = empty(self.order.n_rows, self.order.data.seq_len)
             packed, _ = self._stream.fill(arrays)
             batch = batch_of(arrays, packed, self._stream.cursors(), self.pin_memory)
+        first_row = self.order.dp_rank * self.order.n_rows
+        batch = replace(batch, step=self._delivered, first_row=first_row)
         self._delivered += 1
         return batch
 

@@ -1,0 +1,1 @@
+"""The run: its file, its assembly, the loop, its hooks and its folder."""

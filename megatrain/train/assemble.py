@@ -1,0 +1,345 @@
+"""From a run file to a trainer: who we are, the mesh, the model, the engine, the data, the hooks."""
+
+import math
+import os
+import shutil
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megatrain
+from megatrain.base.device import Device, cpu_threads
+from megatrain.base.errors import PreemptedError
+from megatrain.base.log import log, start_logging, warn
+from megatrain.base.units import show_count
+from megatrain.checkpoint.checkpoints import Checkpoints
+from megatrain.checkpoint.read import Commit, find
+from megatrain.cluster.identity import Identity, identity_of
+from megatrain.cluster.start import connected
+from megatrain.config.build import plain
+from megatrain.data.feed import Feed, held_out
+from megatrain.data.held_out import HeldOut
+from megatrain.data.shards import HELD_OUT, Manifest, TokenizerEntry
+from megatrain.engine.api import ENGINE, Engine, Parts
+from megatrain.engine.layout import resolve_engine
+from megatrain.nn.batch import Batch
+from megatrain.parallel.mesh import Mesh
+from megatrain.parallel.shard import initialise
+from megatrain.parallel.tensor import TensorParallel
+from megatrain.report.page import write_report
+from megatrain.train.check import refuse
+from megatrain.train.folder import RunFolder
+from megatrain.train.hook import Handle, Hook, Record
+from megatrain.train.hooks.console import Console
+from megatrain.train.hooks.evaluation import Evaluation
+from megatrain.train.hooks.metrics import Metrics
+from megatrain.train.hooks.saving import Saving
+from megatrain.train.hooks.wandb import Wandb
+from megatrain.train.resume import commit_to_resume, finished, lineage
+from megatrain.train.run import Run
+from megatrain.train.stop import StopRequest, StopVote
+from megatrain.train.throughput import Throughput
+from megatrain.train.trainer import State, Trainer
+
+
+def launch(run: Run) -> str:
+    """Run `run` as this process's rank of the job; see `megatrain.train.run.train`."""
+    identity = identity_of(os.environ)
+    start_logging(identity.rank)
+    tokenizer = refuse(run, identity.world)
+    if finished(run):
+        return "already finished"
+    device = Device.of(run.layout.device, identity.local_rank)
+    device.use()
+    torch.set_num_threads(cpu_threads(identity.local_world))
+    with connected(identity, device), StopRequest().listening() as request:
+        mesh = run.layout.mesh(identity.world).at(identity.rank)
+        if identity.world > 1:
+            mesh = mesh.connect()
+        with ExitStack() as stack:
+            session = Session(run, tokenizer, mesh, device, identity, request, stack)
+            session.train()
+    return "finished"
+
+
+@dataclass
+class Session:
+    """One rank's parts of a run, opened in order and closed in the reverse order by `stack`."""
+
+    run: Run
+    tokenizer: TokenizerEntry
+    mesh: Mesh
+    device: Device
+    identity: Identity
+    request: StopRequest
+    stack: ExitStack
+
+    def __post_init__(self) -> None:
+        run = self.run
+        self.state = State()
+        self.folder = RunFolder(run.folder)
+        self.folder.make()
+        self.checkpoints = Checkpoints(
+            self.folder.checkpoints,
+            self.mesh.axis("world"),
+            keep=run.checkpoint.keep,
+            go_on=run.checkpoint.failed_save == "go_on",
+        )
+        self.checkpoints.claim(run.folder)
+        self.stack.push(self._close_checkpoints)
+        commit = commit_to_resume(run, self.checkpoints)
+        self.lineage = lineage(run, commit)
+        self.resolved = resolve_engine(run.layout, self.mesh.size)
+        self.engine = self._build_engine()
+        self.stack.callback(self.engine.close)
+        self._restore(commit)
+        self.resumed_at = self.state.step
+        if self.rank == 0:
+            self._prepare_folder(commit)
+        self.feed = Feed.open(
+            run.data,
+            seed=run.seed,
+            global_batch=run.train.global_batch,
+            dp_rank=self.mesh.axis("dp").rank,
+            dp_size=self.mesh.axis("dp").size,
+            cursors=self.state.cursors,
+            pin_memory=self.device.kind == "cuda",
+        )
+        self.stack.callback(self.feed.close)
+        self.held_out = self._held_out()
+
+    @property
+    def rank(self) -> int:
+        return self.identity.rank
+
+    # --------------------------------------------------------------------------------- building
+
+    def _build_engine(self) -> Engine:
+        run = self.run
+        tp = TensorParallel(self.mesh.axis("tp"), run.layout.cuts_sequence)
+        model = run.model.build(n_valid=self.tokenizer.vocab_size, seq_len=run.data.seq_len, tp=tp, seed=run.seed)
+        initialise(model, run.seed)
+        if run.layout.compiles(self.device.kind):
+            model.compile_blocks()
+        self.model = model
+        parts = Parts(
+            model=model,
+            optimizer=run.optimizer,
+            mesh=self.mesh,
+            device=self.device,
+            precision=run.precision,
+            micro_batch=run.layout.micro_batch,
+            zero=self.resolved.zero,
+        )
+        return ENGINE[self.resolved.engine]().build(parts)
+
+    def _restore(self, commit: Commit | None) -> None:
+        """Take up the state of `commit`, or the weights of another run."""
+        if commit is not None:
+            reader = commit.reader()
+            self.checkpoints.load(reader, self.engine)
+            self.engine.load_scalars(reader.state["engine"])
+            self.state.restore(reader.state["run"])
+        elif self.run.checkpoint.init_from:
+            source = find(self.run.checkpoint.init_from)
+            self.checkpoints.load(source.reader(cast=True), self.engine, states=lambda state: state == "weights")
+            log("weights are those of %s (step %d)", self.run.checkpoint.init_from, source.step)
+
+    def _prepare_folder(self, commit: Commit | None) -> None:
+        self.folder.write_config(plain(self.run))
+        data_set = Path(self.run.data.sources[0].path)
+        shutil.copyfile(data_set / self.tokenizer.file, self.folder.path / "tokenizer.json")
+        if commit is None:
+            self.folder.note("started", 0, facts=self.facts())
+        else:
+            self.folder.rewind_metrics(commit.step)
+            self.folder.note("resumed", commit.step, facts=self.facts(), changed=self.lineage[-1]["changed"])
+
+    def _held_out(self) -> list[Batch]:
+        """This rank's held-out rows; none where a source has no such split."""
+        run, dp = self.run, self.mesh.axis("dp")
+        splits = [Manifest.read(Path(source.path)).splits.get(HELD_OUT) for source in run.data.sources]
+        if not all(split is not None and split.tokens for split in splits):
+            log("no held-out loss: not every data set has a held-out split")
+            return []
+        self.held_out_bytes_per_token = HeldOut(run.data).bytes_per_token
+        return list(
+            held_out(
+                run.data,
+                global_batch=run.train.global_batch,
+                n_batches=run.train.eval_batches,
+                dp_rank=dp.rank,
+                dp_size=dp.size,
+            )
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What does not change while the run goes on."""
+        n_parameters = self.run.model.n_parameters(self.tokenizer.vocab_size)
+        return {
+            "name": self.run.name,
+            "run_id": self.checkpoints.run,
+            "parameters": n_parameters,
+            "ranks": self.identity.world,
+            "mesh": {a: self.mesh.axis(a).size for a in ("pp", "dp", "cp", "tp")},
+            "engine": self.resolved.engine,
+            "zero": self.resolved.zero,
+            "device": self.device.name(),
+            "compute": self.run.precision.compute,
+            "total_steps": self.run.total_steps,
+            "tokens_per_step": self.tokens_per_step,
+            "versions": {
+                "megatrain": megatrain.__version__,
+                "torch": torch.__version__,
+                "python": sys.version.split()[0],
+            },
+        }
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.run.train.global_batch * self.run.data.seq_len
+
+    # --------------------------------------------------------------------------------- running
+
+    def train(self) -> None:
+        """The run, with its hooks; whatever ends it is written to events.jsonl."""
+        throughput = self._throughput()
+        self._say_what_runs(throughput)
+        handle = self._handle(throughput)
+        if self.resumed_at == 0:
+            first = self.evaluate()
+            self.note("evaluated", **first)
+        hooks = self._hooks(handle)
+        trainer = Trainer(
+            state=self.state,
+            feed=self.feed,
+            engine=self.engine,
+            schedule=self._lr,
+            total_steps=self.run.total_steps,
+            tokens_per_step=self.tokens_per_step,
+            max_skips=self.run.train.max_skips,
+            throughput=throughput,
+            vote=StopVote(self.request, self.mesh.axis("world")),
+            hooks=hooks,
+        )
+        outcome = "failed"
+        try:
+            trainer.run()
+            outcome = "finished"
+        except PreemptedError:
+            outcome = "preempted"
+            self.save()
+            raise
+        except Exception as error:
+            self.note("failed", error=f"{type(error).__name__}: {error}"[:2000])
+            raise
+        finally:
+            if outcome != "failed":
+                trainer.vote.close()
+                self.checkpoints.wait()
+                self.note(outcome)
+            for hook in hooks:
+                hook.finish(outcome)
+            if self.rank == 0:
+                self._report()
+
+    def _hooks(self, handle: Handle) -> list[Hook]:
+        run = self.run
+        return [
+            Evaluation(run.train.eval_every, handle),
+            *(choice.build(handle) for choice in run.hooks),
+            Metrics(handle),
+            Console(handle),
+            Wandb(run.log.wandb.mode, run.log.wandb.project, handle),
+            Saving(run.checkpoint.every or 0, handle),
+        ]
+
+    def _handle(self, throughput: Throughput) -> Handle:
+        return Handle(
+            folder=self.folder.path,
+            rank=self.rank,
+            world=self.identity.world,
+            total_steps=self.run.total_steps,
+            first_step=self.resumed_at + 1,
+            facts=self.facts() | {"peak_flops": throughput.peak, "peak_source": throughput.peak_source},
+            config=plain(self.run),
+            evaluate=self.evaluate,
+            save=self.save,
+            stop=self.request.ask,
+            note=self.note,
+        )
+
+    def _throughput(self) -> Throughput:
+        dtype = torch.bfloat16 if self.run.precision.compute == "bf16" else torch.float32
+        peak, source = self.device.peak_flops(dtype)
+        flops = self.run.model.flops_per_token(self.tokenizer.vocab_size, self.run.data.seq_len)
+        return Throughput(flops, peak, source, self.identity.world, self.device)
+
+    def _lr(self, step: int) -> float:
+        return self.run.optimizer.lr * self.run.schedule.lr_factor(step, self.run.total_steps)
+
+    def _say_what_runs(self, throughput: Throughput) -> None:
+        f = self.facts()
+        mesh = " ".join(f"{axis}={size}" for axis, size in f["mesh"].items() if size > 1) or "one rank"
+        log(
+            "%s: %s parameters, %s, engine %s, ZeRO %d, %s on %s; peak %.3g FLOP/s a rank (%s)",
+            self.run.name,
+            show_count(f["parameters"]),
+            mesh,
+            f["engine"],
+            f["zero"],
+            f["compute"],
+            f["device"],
+            throughput.peak,
+            throughput.peak_source,
+        )
+        if self.resumed_at:
+            log("resumed at step %d of %d", self.resumed_at, self.run.total_steps)
+
+    # --------------------------------------------------------------------------------- what hooks ask for
+
+    def evaluate(self) -> Record:
+        """Held-out loss in nats per token, and bits per byte of text."""
+        total = torch.zeros(2, dtype=torch.float64)
+        for batch in self.held_out:
+            loss_sum, count = self.engine.evaluate(batch)
+            total += torch.stack([loss_sum, count]).double().cpu()
+        if total[1] == 0:
+            return {}
+        loss = float(total[0] / total[1])
+        return {
+            "held_out_loss": round(loss, 6),
+            "bits_per_byte": round(loss / math.log(2) / self.held_out_bytes_per_token, 6),
+        }
+
+    def save(self) -> None:
+        """A checkpoint of the state as it is."""
+        if self.checkpoints.committed == self.state.step:
+            return
+        state = {"run": self.state.saved(), "engine": self.engine.scalars()}
+        facts = {"config": plain(self.run), "tokenizer": self.tokenizer.fingerprint, "lineage": self.lineage}
+        self.checkpoints.save(
+            self.state.step, self.engine.slices(), state, facts, asynchronous=self.run.checkpoint.async_
+        )
+        self.note("saved", asynchronous=self.run.checkpoint.async_)
+
+    def note(self, kind: str, **facts: Any) -> None:
+        if self.rank == 0:
+            self.folder.note(kind, self.state.step, **facts)
+
+    def _report(self) -> None:
+        try:
+            log("report: %s", write_report(self.folder.path))
+        except Exception as error:  # a picture that cannot be drawn must not hide how the run ended
+            warn("report.html was not written: %s: %s", type(error).__name__, error)
+
+    def _close_checkpoints(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Wait for the last save after a good end; after a failure do not wait for ranks that may be gone."""
+        if error is None or isinstance(error, PreemptedError):
+            self.checkpoints.close()
+        elif self.checkpoints.lease is not None:
+            self.checkpoints.lease.release()

@@ -1,0 +1,63 @@
+"""What must fit between the parts of a run file, asked before anything is started. All problems are shown at once."""
+
+from pathlib import Path
+
+from megatrain.base.errors import ConfigError, DataError
+from megatrain.base.files import sha256_of
+from megatrain.data.shards import TokenizerEntry
+from megatrain.data.stream import Order, Stream
+from megatrain.engine.layout import layout_problems
+from megatrain.train.run import Run
+
+
+def refuse(run: Run, world: int) -> TokenizerEntry:
+    """The tokenizer of the run's data, if all of the run fits together on `world` ranks.
+
+    Raises:
+        ConfigError: with everything that does not fit.
+        DataError: a data set is missing or damaged.
+    """
+    problems = problems_of(run, world)
+    try:
+        tokenizer = Stream(Order(run.data, run.seed, run.train.global_batch)).tokenizer
+    except (DataError, ConfigError) as error:
+        if problems:
+            raise ConfigError([*problems, *str(error).splitlines()]) from None
+        raise
+    problems += data_problems(run, tokenizer)
+    if problems:
+        raise ConfigError(problems)
+    return tokenizer
+
+
+def problems_of(run: Run, world: int) -> list[str]:
+    """What is wrong between the parts, without looking at the data."""
+    found = layout_problems(
+        run.layout, world, run.train.global_batch, seq_len=run.data.seq_len, precision=run.precision
+    )
+    found += run.model.layout_problems(run.layout.tp)
+    warmup = getattr(run.schedule, "warmup", 0)
+    if warmup > run.total_steps:
+        found.append(
+            f"schedule.warmup={warmup} is longer than the run of {run.total_steps} steps: make it shorter, "
+            "or train longer"
+        )
+    if not found:
+        dp = run.layout.mesh(world).axis("data").size
+        found += run.data.batch_problems(run.train.global_batch, dp)
+    return found
+
+
+def data_problems(run: Run, tokenizer: TokenizerEntry) -> list[str]:
+    """What is wrong between the run and its data sets."""
+    found = run.model.vocabulary_problems(tokenizer.vocab_size)
+    if run.tokenizer is not None:
+        path = Path(run.tokenizer)
+        if not path.is_file():
+            found.append(f"tokenizer is {run.tokenizer}, which is no file: give a tokenizer.json, or leave it out")
+        elif sha256_of(path) != tokenizer.fingerprint:
+            found.append(
+                f"tokenizer {run.tokenizer} is not the one that the data was made with (sha256 {sha256_of(path)[:12]}, "
+                f"the data's is {tokenizer.fingerprint[:12]}): leave it out, or build the data with it"
+            )
+    return found

@@ -1,0 +1,53 @@
+"""The seam between the loop and everything that happens beside the steps."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+Record = dict[str, Any]
+"""What is known of one finished step, under the names of metrics.jsonl; hooks may add to it before it is written."""
+
+
+class Hook:
+    """Called by the loop on every rank. The methods here do nothing; a hook overrides what it needs."""
+
+    def due(self, step: int) -> bool:
+        """This hook needs the state right after `step`: the loop then waits for the step's numbers at once."""
+        return False
+
+    def after_step(self, record: Record) -> None:
+        """A step's numbers are known. Where `due` was true, the state is that of this very step."""
+
+    def finish(self, outcome: str) -> None:
+        """The loop has ended: `finished`, `preempted` or `failed`. Must not raise and must not wait long."""
+
+
+@dataclass(frozen=True)
+class Handle:
+    """What a hook may see of a run, and what it may ask for."""
+
+    folder: Path
+    rank: int
+    world: int
+    total_steps: int
+    first_step: int
+    """The step that comes first in this process: 1, or where a resumed run goes on."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Things that do not change: name, parameters, device, layout, ..."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The resolved run file as plain values."""
+    evaluate: Callable[[], Record] = dict
+    """Held-out loss of the weights as they are now; every rank must call it."""
+    save: Callable[[], None] = lambda: None
+    """Write a checkpoint of the state as it is now; every rank must call it."""
+    stop: Callable[[], None] = lambda: None
+    """Ask the run to end after the step under way, saved and resumable."""
+    note: Callable[..., None] = lambda kind, **facts: None
+    """Write a line to events.jsonl (rank 0 does, others may call)."""
+
+
+class HookChoice(Protocol):
+    """A choice of the run file's `hooks` list."""
+
+    def build(self, handle: Handle) -> Hook: ...

@@ -1,0 +1,93 @@
+"""Starting anew, going on, or refusing: what a run does about what its folder already holds."""
+
+from typing import Any
+
+from megatrain.base.errors import CheckpointError, ConfigError
+from megatrain.base.log import log
+from megatrain.checkpoint.checkpoints import Checkpoints
+from megatrain.checkpoint.keys import changed_keys
+from megatrain.checkpoint.read import Commit
+from megatrain.config.build import flat, plain
+from megatrain.train.folder import RunFolder
+from megatrain.train.run import Run
+
+
+def finished(run: Run) -> bool:
+    """Whether the run's folder holds its last step; says so."""
+    if run.checkpoint.resume == "never":
+        return False
+    folder = RunFolder(run.folder)
+    if not folder.checkpoints.exists():
+        return False
+    commits = Checkpoints(folder.checkpoints).commits()
+    if not commits or commits[-1].step < run.total_steps:
+        return False
+    refuse_other_run(run, commits[-1].manifest.facts.get("config", {}))
+    log("%s has finished: step %d of %d is in %s", run.name, commits[-1].step, run.total_steps, folder.checkpoints)
+    return True
+
+
+def commit_to_resume(run: Run, checkpoints: Checkpoints) -> Commit | None:
+    """The commit that this run goes on from, the same on every rank; None to start anew.
+
+    Raises:
+        ConfigError: the folder holds another run, or `checkpoint.resume` says otherwise.
+        CheckpointError: the newest commit is damaged and no fallback is allowed.
+    """
+    folder = RunFolder(run.folder)
+    commit = checkpoints.newest(fallback=run.checkpoint.fallback)
+    if commit is None:
+        if run.checkpoint.resume == "must":
+            raise CheckpointError(
+                f"checkpoint.resume is must and {folder.checkpoints} holds no checkpoint: set it to auto to start anew"
+            )
+        former = folder.read_config()
+        if former is not None:
+            refuse_other_run(run, former)
+        folder.refuse_foreign()
+        return None
+    if run.checkpoint.resume == "never":
+        raise ConfigError(
+            f"checkpoint.resume is never and {folder.checkpoints} holds step {commit.step}: choose another name, "
+            "or set checkpoint.resume=auto"
+        )
+    refuse_other_run(run, commit.manifest.facts.get("config", {}))
+    return commit
+
+
+def refuse_other_run(run: Run, former: dict[str, Any]) -> None:
+    """Raise unless `run` is the run whose configuration is `former`, up to keys that may change.
+
+    Raises:
+        ConfigError: naming every key that changes the mathematics and is not acknowledged.
+    """
+    _, refused = changed_keys(former, plain(run))
+    refused = {key: pair for key, pair in refused.items() if key not in run.checkpoint.acknowledge}
+    if not refused:
+        return
+    raise ConfigError(
+        [
+            f"{run.folder} holds a run with {key}={_show(old)}, and it is {_show(new)} here: set it back, "
+            f"choose another name, or add {key} to checkpoint.acknowledge"
+            for key, (old, new) in sorted(refused.items())
+        ]
+    )
+
+
+def _show(value: Any) -> str:
+    return "nothing" if value is None else str(value)
+
+
+def lineage(run: Run, commit: Commit | None) -> list[dict[str, Any]]:
+    """Where this run's weights come from: a line for each start, with what was changed."""
+    if commit is None:
+        start: dict[str, Any] = {"step": 0}
+        if run.checkpoint.init_from:
+            start["init_from"] = run.checkpoint.init_from
+        return [start]
+    before = commit.manifest.facts.get("lineage", [])
+    former, now = flat(commit.manifest.facts.get("config", {})), flat(plain(run))
+    changed = {
+        k: [former.get(k), now.get(k)] for k in sorted(former.keys() | now.keys()) if former.get(k) != now.get(k)
+    }
+    return [*before, {"step": commit.step, "changed": changed}]

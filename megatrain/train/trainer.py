@@ -1,0 +1,133 @@
+"""The loop: batches into steps until the budget is spent. Everything optional is a hook."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from megatrain.base.errors import PreemptedError, RunError
+from megatrain.engine.api import Engine, StepReport
+from megatrain.nn.batch import Batch
+from megatrain.train.hook import Hook, Record
+from megatrain.train.stop import StopVote
+
+
+class Throughput(Protocol):
+    """Turns seconds of a step into figures that can be compared."""
+
+    def figures(self, tokens: int, seconds: float) -> Record: ...
+
+
+@dataclass
+class State:
+    """Where a run stands; with the engine's tensors, all that a checkpoint needs."""
+
+    step: int = 0
+    tokens: int = 0
+    """Positions trained on so far, over all ranks."""
+    skips: int = 0
+    """Steps in a row that were skipped up to now."""
+    cursors: Any = None
+
+    def saved(self) -> dict[str, Any]:
+        return {"version": 1, "step": self.step, "tokens": self.tokens, "skips": self.skips, "cursors": self.cursors}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        self.step, self.tokens, self.skips = saved["step"], saved["tokens"], saved["skips"]
+        self.cursors = saved["cursors"]
+
+
+@dataclass
+class Pending:
+    """A step whose numbers are still on the device."""
+
+    step: int
+    tokens: int
+    lr: float
+    data_seconds: float
+    begin: float
+    report: StepReport
+    seconds: float | None = None
+    """From its begin to that of the next step, once that is known."""
+
+
+@dataclass
+class Trainer:
+    """One rank's side of a run.
+
+    `tokens_per_step` counts positions over all ranks. `hooks` are called in order; the one that saves comes last.
+    """
+
+    state: State
+    feed: Iterator[Batch]
+    engine: Engine
+    schedule: Any
+    """lr of a step, from 1: a callable."""
+    total_steps: int
+    tokens_per_step: int
+    max_skips: int
+    throughput: Throughput
+    vote: StopVote
+    hooks: Sequence[Hook] = ()
+    _pending: Pending | None = None
+
+    def run(self) -> None:
+        """Train until the budget is spent.
+
+        Raises:
+            PreemptedError: the run was asked to stop, and was saved.
+            RunError: more than `max_skips` steps in a row had no finite gradient.
+        """
+        while self.state.step < self.total_steps:
+            self.step()
+            if self.vote.agreed() and self.state.step < self.total_steps:
+                self.deliver()
+                raise PreemptedError(f"stopped after step {self.state.step} of {self.total_steps}, as asked")
+        self.deliver()
+
+    def step(self) -> None:
+        """One step. Its numbers are read while the next one runs, unless a hook needs the state of this very step."""
+        begin = time.perf_counter()
+        if self._pending is not None:
+            self._pending.seconds = begin - self._pending.begin
+        batch = next(self.feed)
+        waited = time.perf_counter() - begin
+        number = self.state.step + 1
+        lr = self.schedule(number)
+        report = self.engine.step(batch, lr)
+        self.deliver()
+        self.state.step = number
+        self.state.tokens += self.tokens_per_step
+        self.state.cursors = batch.cursors
+        self._pending = Pending(number, self.state.tokens, lr, waited, begin, report)
+        if any(hook.due(number) for hook in self.hooks):
+            self.deliver()
+
+    def deliver(self) -> None:
+        """Read the numbers of the last step, which waits for it, and hand them to the hooks."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        report = pending.report
+        record: Record = {
+            "step": pending.step,
+            "tokens": pending.tokens,
+            "loss": float(report.loss),
+            "grad_norm": float(report.grad_norm),
+            "lr": pending.lr,
+        }
+        seconds = time.perf_counter() - pending.begin if pending.seconds is None else pending.seconds
+        record |= self.throughput.figures(self.tokens_per_step, seconds)
+        record |= {"data_seconds": round(pending.data_seconds, 6), "skipped": int(report.skipped)}
+        self._count_skips(record)
+        for hook in self.hooks:
+            hook.after_step(record)
+
+    def _count_skips(self, record: Record) -> None:
+        self.state.skips = self.state.skips + 1 if record["skipped"] else 0
+        if self.state.skips > self.max_skips:
+            raise RunError(
+                f"{self.state.skips} steps in a row (up to step {record['step']}) had a gradient that is not finite, "
+                f"more than train.max_skips={self.max_skips}: lower the learning rate, "
+                "or look at the data of these steps"
+            )
