@@ -6,7 +6,6 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from megatrain.base.random import seed_of
 from megatrain.models import MODEL
 from megatrain.models.block import BLOCKS
 from megatrain.nn.attention import ATTENTION, AttentionCase
@@ -210,9 +209,7 @@ class DecoderModel(nn.Module):
         )
         feed_forward = c.feed_forward.build(c.d_model, c.d_ff, tp, init_std=c.init_std, out_std=out_std)
         norms = (c.norm.build(c.d_model, tp), c.norm.build(c.d_model, tp))
-        return BLOCKS[c.norm.placement](
-            attention, feed_forward, norms, lambda sublayer: Dropout(c.dropout, f"{name}.{sublayer}")
-        )
+        return BLOCKS[c.norm.placement](attention, feed_forward, norms, lambda sublayer: Dropout(c.dropout, sublayer))
 
     # --------------------------------------------------------------------------------- forward
 
@@ -233,8 +230,8 @@ class DecoderModel(nn.Module):
         if self.positions is not None:
             x = x + self.positions(where.positions)
         x = self.embedding_dropout(x, where.noise)
-        for block in self.layers.values():
-            x = block(x, where)
+        for name, block in self.layers.items():
+            x = block(x, where.within(f"layers.{name}"))
         return self.norm(x)
 
     def logits(self, tokens: Tensor, where: Where) -> Tensor:
@@ -256,12 +253,13 @@ class DecoderModel(nn.Module):
     def _noise(self, batch: Batch) -> Noise | None:
         if not (self.training and self.choice.dropout):
             return None
-        key = torch.tensor(seed_of(self.seed, "dropout", batch.step), device=batch.tokens.device)
-        seq_len = batch.tokens.shape[1]
+        seq_len, device = batch.tokens.shape[1], batch.tokens.device
         first = self.tp.axis.part(seq_len, "sequence length")[0] if self.tp.cuts_sequence else 0
-        return Noise(key, batch.first_row, first, seq_len)
+        return Noise.of(
+            self.seed, batch.step, first_row=batch.first_row, first_token=first, seq_len=seq_len, device=device
+        )
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile each block's forward; equal blocks share one graph, and hooks of engines stay outside of it."""
         for block in self.layers.values():
-            block.forward = torch.compile(block.forward, fullgraph=True)
+            block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)

@@ -4,6 +4,7 @@ Whether an element is dropped is a hash of (seed, step, layer, row of the global
 a step are the same under every layout, micro-batch size and recomputation, which hidden random state can never promise.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +16,35 @@ from megatrain.base.random import seed_of
 
 @dataclass(frozen=True)
 class Noise:
-    """Names the elements of one micro-batch: `key` int64 [] is drawn from (seed, step)."""
+    """Names the elements of one micro-batch.
+
+    What changes from step to step and from block to block is a tensor, so that a compiled block is compiled once.
+    """
 
     key: Tensor
-    first_row: int
-    first_token: int
+    """int64 []: of (seed, step) and, within a block, the block's name."""
+    first: Tensor
+    """int64 []: number of this rank's first token, counted over the rows of the global batch."""
     seq_len: int
+
+    @classmethod
+    def of(cls, seed: int, step: int, *, first_row: int, first_token: int, seq_len: int, device: Any) -> "Noise":
+        """Noise of a step's rows from `first_row` and of their tokens from `first_token`."""
+        # filled on the device: a copy from the host would make the host wait
+        key = torch.full((), seed_of(seed, "dropout", step), dtype=torch.int64, device=device)
+        first = torch.full((), first_row * seq_len + first_token, dtype=torch.int64, device=device)
+        return cls(key, first, seq_len)
+
+    def within(self, name: str) -> "Noise":
+        """The noise of the part of the model called `name`, independent of all others."""
+        return dataclasses.replace(self, key=_mix(self.key ^ seed_of(0, "dropout", name)))
 
 
 class Dropout(nn.Module):
-    """Zero a share of the elements of [b, t, d] and scale up the rest. `name` sets this layer apart from others."""
+    """Zero a share of the elements of [b, t, d] and scale up the rest.
+
+    `name` sets this layer apart from others of its block.
+    """
 
     def __init__(self, share: float, name: str):
         super().__init__()
@@ -34,17 +54,16 @@ class Dropout(nn.Module):
         if noise is None or self.share == 0:
             return x
         keep = kept(tuple(x.shape), noise, self.salt, self.share)
-        return _Drop.apply(x, keep, 1 / (1 - self.share))
+        return x * keep * (1 / (1 - self.share))
 
 
 def kept(shape: tuple[int, ...], noise: Noise, salt: int, share: float) -> Tensor:
     """bool [b, t, d]: which elements stay; each with probability 1 - `share`, independently."""
     b, t, d = shape
     device = noise.key.device
-    rows = torch.arange(noise.first_row, noise.first_row + b, device=device)[:, None, None]
-    tokens = torch.arange(noise.first_token, noise.first_token + t, device=device)[:, None]
-    channels = torch.arange(d, device=device)
-    index = (rows * noise.seq_len + tokens) * d + channels
+    rows = torch.arange(b, device=device)[:, None, None] * noise.seq_len
+    tokens = torch.arange(t, device=device)[:, None] + noise.first
+    index = (rows + tokens) * d + torch.arange(d, device=device)
     bits = _mix(index ^ _mix(noise.key ^ salt))
     return (bits & 0xFFFFFF) >= int(share * 2**24)
 
@@ -59,16 +78,3 @@ def _mix(x: Tensor) -> Tensor:
 def _shift(x: Tensor, n: int) -> Tensor:
     """Logical shift right: torch's own copies the sign."""
     return (x >> n) & ((1 << (64 - n)) - 1)
-
-
-class _Drop(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, keep: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(keep)
-        ctx.scale = scale
-        return x * keep * scale
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (keep,) = ctx.saved_tensors
-        return grads[0] * keep * ctx.scale, None, None

@@ -1,5 +1,6 @@
 """What a layer must know of the tokens besides their hidden states; made once a forward pass, shared by all layers."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +56,10 @@ class Where:
     cache: KeyValueCache | None = None
     noise: Noise | None = None
     """What dropout is drawn from; None where nothing is dropped (evaluation, generation)."""
+
+    def within(self, name: str) -> "Where":
+        """What the part of the model called `name` is given: noise of its own."""
+        return self if self.noise is None else dataclasses.replace(self, noise=self.noise.within(name))
 
     def visible(self, visible: Any) -> Tensor:
         """The mask [b, 1, t, s] of an attention kind, from its rule on positions and from document borders."""

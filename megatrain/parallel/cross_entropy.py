@@ -39,7 +39,9 @@ def linear_cross_entropy(
         float32 scalar.
     """
     n_local = max(0, min(weight.shape[0], n_valid - first))
-    return _LinearCrossEntropy.apply(hidden, weight, targets, weights, axis, first, n_local)
+    limit = CHUNK_BYTES if hidden.device.type == "cpu" else GPU_CHUNK_BYTES
+    rows = max(1, limit * axis.size // (4 * n_valid))  # the same on every rank, however many columns it holds
+    return _LinearCrossEntropy.apply(hidden, weight, targets, weights, axis, first, n_local, rows)
 
 
 def reference(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, *, n_valid: int) -> Tensor:
@@ -51,7 +53,15 @@ def reference(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, axis: Axis, first: int, n_local: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        axis: Axis,
+        first: int,
+        n_local: int,
+        rows: int,
     ) -> Tensor:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -61,8 +71,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total = hidden.new_zeros((), dtype=torch.float32)
             grad_hidden = torch.empty_like(hidden) if needs_grad else None
             grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=hidden.device) if needs_grad else None
-            limit = CHUNK_BYTES if device == "cpu" else GPU_CHUNK_BYTES
-            rows = max(1, limit // (4 * max(1, n_local)))
             for begin in range(0, hidden.shape[0], rows):
                 here = slice(begin, begin + rows)
                 x = hidden[here].to(dtype)
@@ -79,7 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden.mul_(grads[0]), grad_weight.mul_(grads[0]), None, None, None, None, None
+        return grad_hidden.mul_(grads[0]), grad_weight.mul_(grads[0]), None, None, None, None, None, None
 
 
 def _chunk(

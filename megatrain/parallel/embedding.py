@@ -8,7 +8,7 @@ from megatrain.parallel.tensor import TensorParallel
 
 
 def vocabulary_shard(vocab_size: int, d_model: int, tp: TensorParallel, init: Init) -> Shard:
-    """[v, d] cut over v. The vocabulary need not divide: the last ranks hold fewer rows."""
+    """[v, d] cut over v. The vocabulary need not divide: some ranks hold one row more."""
     return Shard((vocab_size, d_model), init, 0, (Part(*tp.rows(vocab_size)),))
 
 

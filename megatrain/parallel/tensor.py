@@ -61,6 +61,5 @@ class TensorParallel:
         return Shard(shape, init, dim, tuple(parts))
 
     def rows(self, n: int) -> tuple[int, int]:
-        """This rank's rows [start, stop) of `n`, where they need not divide: the last ranks hold fewer."""
-        each = -(-n // self.size)
-        return min(n, self.axis.rank * each), min(n, (self.axis.rank + 1) * each)
+        """This rank's rows [start, stop) of `n`, where they need not divide: counts differ by one at most."""
+        return n * self.axis.rank // self.size, n * (self.axis.rank + 1) // self.size

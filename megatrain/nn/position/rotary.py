@@ -30,13 +30,18 @@ class Rotary:
         """Nothing is added to the embedded tokens."""
 
     def prepare(self, positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, each float32 [b, t, 1, head_dim/2]: bf16 could not tell far positions apart."""
-        exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-        angles = positions[..., None, None].float() * self.theta**-exponents
-        return angles.cos(), angles.sin()
+        """Cosines and sines, each float32 [b, t, 1, head_dim/2].
+
+        Angles are float64: at a million tokens float32 knows them to a few hundredths of a radian only.
+        """
+        exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
+        angles = positions[..., None, None] * self.theta**-exponents
+        return angles.cos().float(), angles.sin().float()
 
     def rotate(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         """Queries or keys [b, t, heads, head_dim], turned."""
+        if torch.compiler.is_compiling():  # the compiler fuses the plain form, and finds that it need not keep x
+            return _turned(x, *tables, 1)
         return _Turn.apply(x, *tables)
 
     def reference(self, x: Tensor, positions: Tensor) -> Tensor:
