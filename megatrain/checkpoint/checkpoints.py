@@ -191,6 +191,7 @@ class Checkpoints:
             if free is not None and free < needed:
                 raise no_room(self.storage, needed, free)
             self.storage.prepare(staging)
+            self._fault("after the folder")
         except OSError as error:
             raise refusal(error, "preparing a checkpoint", self.storage, needed) from None
 
@@ -221,6 +222,7 @@ class Checkpoints:
             self._fault("after COMMIT")
             if self.lease is not None:
                 self.lease.check()
+            self._fault("before the rename")
             self.storage.publish(staging, folder)
         except OSError as error:
             raise refusal(error, f"committing step {step}", self.storage) from None
@@ -255,7 +257,10 @@ class Checkpoints:
             warn("old checkpoints in %s could not be removed: %s", self.storage.describe(), error)
 
     def _sweep(self) -> None:
-        """Remove what saves and deletions that were cut off have left behind."""
+        """Remove what saves and deletions that were cut off have left behind; a commit gets its name back."""
+        for step, folder in candidates(self.storage):
+            if folder != folder_of(step):
+                self.storage.publish(folder, folder_of(step))
         whole = {folder for _, folder in candidates(self.storage)}
         for folder in self.storage.folders():
             if folder.startswith(".step-") and folder not in whole:

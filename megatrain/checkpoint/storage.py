@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatrain.base.errors import CheckpointError
-from megatrain.base.files import fsync_folder, written_whole
+from megatrain.base.files import fsync_folder
 
 Bytes = bytes | bytearray | memoryview
 
@@ -104,8 +104,9 @@ class LocalStorage:
         shutil.rmtree(old, ignore_errors=True)
 
     def hint(self, name: str, text: str) -> None:
-        with written_whole(self.root / name) as file:
-            file.write(text)
+        aside = self.root / f".{name}.partial"  # one name, so that what a crash leaves is overwritten
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, self.root / name)
 
     def folders(self) -> list[str]:
         if not self.root.exists():
