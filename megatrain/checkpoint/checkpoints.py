@@ -24,10 +24,11 @@ from megatrain.base.log import log, warn
 from megatrain.checkpoint.config import Keep
 from megatrain.checkpoint.exchange import Exchange
 from megatrain.checkpoint.lease import Lease, run_identity
-from megatrain.checkpoint.manifest import decode, digest_of, encode
+from megatrain.checkpoint.manifest import COMMIT, MANIFEST, decode, digest_of, encode
 from megatrain.checkpoint.origin import origin
-from megatrain.checkpoint.read import COMMIT, MANIFEST, Commit, Reader, candidates, folder_of, unmarked
-from megatrain.checkpoint.storage import LocalStorage, Storage, no_room, refusal
+from megatrain.checkpoint.read import Commit, Reader, candidates, folder_of, unmarked
+from megatrain.checkpoint.remote import open_storage
+from megatrain.checkpoint.storage import Storage, no_room, refusal
 from megatrain.checkpoint.write import Fault, HostCopy, assemble, write_files
 from megatrain.parallel.mesh import ALONE, Axis
 from megatrain.parallel.shard import Slice
@@ -47,7 +48,7 @@ class Checkpoints:
     """Saves and finds the commits of one run. Every method is called by all ranks at the same point of the run.
 
     Args:
-        storage: the folder that holds the step-... folders; all ranks see the same one.
+        storage: the folder or the URL (s3://...) that holds the step-... folders; all ranks see the same one.
         world: all ranks of the run.
         file_bytes: about the largest file written.
         go_on: a save that fails is a warning, and counted in `failures`; otherwise the next `save` or `wait` raises it.
@@ -64,7 +65,7 @@ class Checkpoints:
         go_on: bool = False,
         fault: Fault = lambda point: None,
     ):
-        self.storage = LocalStorage(storage) if isinstance(storage, str | Path) else storage
+        self.storage = open_storage(storage) if isinstance(storage, str | Path) else storage
         self.keep, self.file_bytes, self.go_on = keep or Keep(), file_bytes, go_on
         self.run: str | None = None
         self.lease: Lease | None = None
@@ -96,6 +97,10 @@ class Checkpoints:
             return run_identity(run_folder, known[-1].manifest.facts.get("run") if known else None)
 
         self.run = self._on_rank_0(take)
+
+    def _check_lease(self) -> None:
+        if self.lease is not None:
+            self.lease.check()
 
     def close(self) -> None:
         """Wait for the save that runs, and give the run directory back.
@@ -183,8 +188,7 @@ class Checkpoints:
             self._retire()
 
     def _prepare(self, staging: str, needed: int) -> None:
-        if self.lease is not None:
-            self.lease.check()
+        self._check_lease()
         try:
             self._sweep()
             free = self.storage.free_bytes()
@@ -218,10 +222,10 @@ class Checkpoints:
         try:
             self.storage.write(f"{staging}/{MANIFEST}", [text])
             self._fault("after the manifest")
+            self._check_lease()  # where nothing can be renamed, COMMIT is the instant
             self.storage.write(f"{staging}/{COMMIT}", [digest_of(text).encode() + b"\n"])
             self._fault("after COMMIT")
-            if self.lease is not None:
-                self.lease.check()
+            self._check_lease()
             self._fault("before the rename")
             self.storage.publish(staging, folder)
         except OSError as error:

@@ -15,6 +15,8 @@ from megatrain.base.errors import CheckpointError
 from megatrain.checkpoint.tensorfile import DTYPES
 from megatrain.parallel.shard import Box
 
+MANIFEST, COMMIT = "manifest.json", "COMMIT"
+
 FORMAT = "megatrain checkpoint"
 VERSION = 1
 

@@ -10,12 +10,20 @@ import torch
 from torch import Tensor
 
 from megatrain.base.errors import CheckpointError, did_you_mean
-from megatrain.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, StoredSlice, StoredTensor, decode, digest_of
-from megatrain.checkpoint.storage import LocalStorage, Storage
+from megatrain.checkpoint.manifest import (
+    COMMIT,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    Manifest,
+    StoredSlice,
+    StoredTensor,
+    decode,
+    digest_of,
+)
+from megatrain.checkpoint.remote import open_storage
+from megatrain.checkpoint.storage import Storage
 from megatrain.checkpoint.tensorfile import DTYPE_NAMES
 from megatrain.parallel.shard import Box, Slice
-
-MANIFEST, COMMIT = "manifest.json", "COMMIT"
 
 BLOCK_BYTES = 64 * 2**20
 """Read at once from a storage that cannot be mapped."""
@@ -281,20 +289,23 @@ def _in_matrix(slice: Slice, width: int) -> Iterator[tuple[Box, Tensor]]:
             at += numel
 
 
-def find(path: str | Path) -> Commit:
-    """The checkpoint that a path means, its bytes checked: a step's folder, or a run's (then its newest).
+def find(place: str | Path) -> Commit:
+    """The checkpoint that a path or URL means, its bytes checked: a step's folder, or a run's (then its newest).
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    path = Path(path)
-    if (path / COMMIT).exists() or (path / MANIFEST).exists():
-        commit = Commit.open(LocalStorage(path.parent), path.name)
+    text = str(place).rstrip("/")
+    inside = open_storage(text)
+    if any(inside.size(name) is not None for name in (COMMIT, MANIFEST)):
+        parent, _, name = text.rpartition("/")
+        commit = Commit.open(open_storage(parent or ("/" if text.startswith("/") else ".")), name)
     else:
-        storage = LocalStorage(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
-        if not (found := candidates(storage)):
-            raise CheckpointError(f"{path} holds no checkpoint: name a run's folder or one of its step-... folders")
-        commit = Commit.open(storage, found[0][1])
+        within = open_storage(f"{text}/checkpoints")
+        storage = next((s for s in (within, inside) if candidates(s)), None)
+        if storage is None:
+            raise CheckpointError(f"{place} holds no checkpoint: name a run's folder or one of its step-... folders")
+        commit = Commit.open(storage, candidates(storage)[0][1])
     if problems := commit.damage():
         raise CheckpointError(problems[0])
     return commit

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatrain.checkpoint.manifest import digest_of, encode
-from megatrain.checkpoint.read import COMMIT, MANIFEST, Commit
+from megatrain.checkpoint.manifest import COMMIT, MANIFEST, digest_of, encode
+from megatrain.checkpoint.read import Commit
 from megatrain.checkpoint.storage import LocalStorage
 from megatrain.checkpoint.write import HostCopy, assemble, write_files
 from megatrain.parallel.shard import Part, Shard, Slice, slices_of
