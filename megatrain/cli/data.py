@@ -25,8 +25,9 @@ def command() -> None: ...
 
 @command.command(
     "build",
-    help="""Make a data set of token shards from text files, JSON lines (.jsonl, also .gz and .zst) and folders of
-    source files. A build that was stopped goes on where it was when the same command is given again.
+    help="""Make a data set of token shards from text files, JSON lines, parquet, Megatron-LM's .bin and .idx, and
+    folders of source files; text and JSON lines also as .gz and .zst. A build that was stopped goes on where it was
+    when the same command is given again.
 
     \b
     Example:
@@ -41,7 +42,8 @@ def command() -> None: ...
 @click.option("--held-out", default=0.01, show_default=True, help="Share of the documents never trained on.")
 @click.option("--include", multiple=True, metavar="GLOB", help='Only these files of folders, e.g. "*.py"; repeatable.')
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out these files or folders; repeatable.")
-@click.option("--text-field", default="text", show_default=True, help="Key of the text in JSON lines.")
+@click.option("--text-field", default="text", show_default=True, help="Key of the text in JSON lines and parquet.")
+@click.option("--id-field", help="Key of the documents' ids there.  [default: they are known by FILE:LINE]")
 @click.option("--separator", help='What stands between documents in .txt files, e.g. "<|endoftext|>".')
 @click.option("--shard-tokens", default="64M", show_default=True, help="Tokens of a shard.")
 @click.option("--dtype", default="auto", show_default=True, type=click.Choice(["auto", "uint16", "uint32"]))
@@ -53,7 +55,7 @@ def build_command(**options: Any) -> None:
     from megatrain.base.units import count
     from megatrain.data.build import BuildOptions, build
 
-    reading = {name: options.pop(name) for name in ("text_field", "separator")}
+    reading = {name: options.pop(name) for name in ("text_field", "id_field", "separator")}
     try:
         options["shard_tokens"] = count(options["shard_tokens"], "tokens")
     except ValueError as error:

@@ -50,7 +50,7 @@ class BuildOptions:
     """A shard ends with the chunk of documents (a mebibyte of text; less where shards are small) that reaches this."""
     dtype: str = "auto"
     reading: dict[str, Any] = field(default_factory=dict)
-    """Options of the readers: `text_field`, `separator`, `piece_bytes`."""
+    """Options of the readers: `text_field`, `id_field`, `separator`, `piece_bytes`."""
     workers: int = 1
 
     def problems(self) -> list[str]:
@@ -202,6 +202,11 @@ class _Build:
             if left <= 0 or int.from_bytes(draw, "little") / 2**64 >= share:
                 continue
             for found in chunk.documents():
+                if isinstance(found, Document) and found.tokens is not None:
+                    raise DataError(
+                        f"{found.id} holds token ids, which no tokenizer can be trained on: give the --tokenizer that "
+                        "made them"
+                    )
                 if isinstance(found, Document) and hash_fraction(found) >= limit:
                     left -= len(found.text)
                     yield found.text

@@ -20,6 +20,7 @@ from megatrain.cli.data import command
 from megatrain.data.build import BuildOptions, build
 from megatrain.data.shards import Manifest, Shard
 from megatrain.data.tokenizer import Tokenizer
+from tests.data.test_readers import write_megatron
 
 WORDS = "the of data order shard token slot rank layer norm head model train loss step".split()  # noqa: SIM905
 
@@ -221,6 +222,24 @@ def test_a_data_set_made_with_the_tokenizer_of_another_has_its_fingerprint(built
     manifest = build(given).manifest
     assert manifest.tokenizer == Manifest.read(built).tokenizer
     assert digests(tmp_path / "data")["train/shard-000000.tar"] == digests(built)["train/shard-000000.tar"]
+
+
+def test_ids_of_megatron_become_the_same_data_set_as_their_text(built, corpus, tmp_path):
+    tokenizer = Tokenizer.open(built / "tokenizer.json")
+    write_megatron(tmp_path / "a", [[tokenizer.encode(document(i))] for i in range(50)], 8, "<u2")
+    with pytest.raises(DataError, match="give the --tokenizer that made them"):
+        build(options(tmp_path / "a.bin", tmp_path / "data"))
+    given = options(tmp_path / "a.bin", tmp_path / "data", tokenizer=built / "tokenizer.json")
+    splits = build(given).manifest.splits
+    found = documents_of(tmp_path / "data", "train") | documents_of(tmp_path / "data", "held_out")
+    assert found == {f"a.bin:{i}": document(i) for i in range(50)}
+    assert sum(split.text_bytes for split in splits.values()) == sum(len(document(i).encode()) for i in range(50))
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_refused(built, tmp_path):
+    write_megatron(tmp_path / "a", [[[1, 2, 319]], [[320]]], 8, "<u2")
+    with pytest.raises(DataError, match=r"a.bin:1 holds the id 320 and the tokenizer has 320"):
+        build(options(tmp_path / "a.bin", tmp_path / "data", tokenizer=built / "tokenizer.json"))
 
 
 def test_a_vocabulary_larger_than_the_type_is_refused(built, corpus, tmp_path):

@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
@@ -22,6 +24,7 @@ def read(*inputs: Path, include=(), exclude=(), **options) -> list[Document | Re
 
 
 def texts(found) -> list[str]:
+    found = list(found)
     assert all(isinstance(document, Document) for document in found), found
     return [document.text for document in found]
 
@@ -30,7 +33,7 @@ COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lines=st.lists(st.text().filter(str.strip), max_size=20), chunk_bytes=st.integers(1, 400), last=st.booleans())
 def test_json_lines_gives_each_line_once_for_any_chunk_size(tmp_path, compression, lines, chunk_bytes, last):
     path = tmp_path / f"a.jsonl{compression}"
@@ -61,7 +64,7 @@ def test_json_lines_says_why_a_line_is_no_document(tmp_path):
 
 
 @given(paragraphs=st.lists(st.text(alphabet="aé東 \n", min_size=1, max_size=60), min_size=1, max_size=20))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_long_prose_is_cut_without_losing_a_character(tmp_path, paragraphs):
     path = tmp_path / "a.txt"
     whole = "\n\n".join(paragraphs) + "."
@@ -86,6 +89,94 @@ def test_a_separator_divides_a_text_file(tmp_path, compression, chunk_bytes):
     (tmp_path / f"a.txt{compression}").write_bytes(COMPRESS[compression](b"one<|e|>two\n\ntwo<|e|>three"))
     found = read(tmp_path / f"a.txt{compression}", separator="<|e|>", chunk_bytes=chunk_bytes)
     assert texts(found) == ["one", "two\n\ntwo", "three"]
+
+
+def test_ids_of_json_lines_can_be_their_own(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "x", "id": "one"}\n{"text": "y", "id": 2}\n{"text": "z"}\n')
+    assert [document.id for document in read(path, id_field="id")] == ["one", "2", "a.jsonl:3"]
+
+
+def test_parquet_gives_each_row_once(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    rows = ["one", "東京", None, " ", "five"]
+    table = pa.table({"other": range(5), "body": rows, "name": list("abcde")})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    found = read(tmp_path / "a.parquet", text_field="body")
+    assert texts(found[i] for i in (0, 1, 4)) == ["one", "東京", "five"]
+    assert [document.id for document in found] == [f"a.parquet:{i}" for i in range(5)]
+    assert [found[i].reason for i in (2, 3)] == ["no text under 'body'", "empty"]
+    assert [d.id for d in read(tmp_path / "a.parquet", text_field="body", id_field="name")] == list("abcde")
+
+
+def test_parquet_that_is_not_as_asked_is_refused(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pa.table({"texts": ["one"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="no column 'text': did you mean texts"):
+        read(tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-10])
+    with pytest.raises(DataError, match=r"b.parquet is no whole parquet file"):
+        read(tmp_path / "b.parquet", text_field="texts")
+
+
+def test_parquet_text_that_is_not_utf8_is_refused_row_by_row(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    raw = pa.array([b"good", b"\xff\xfe", b"fine"], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
+    pyarrow.parquet.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
+    good, bad, fine = read(tmp_path / "a.parquet")
+    assert (good.text, bad.reason, fine.text) == ("good", "not UTF-8", "fine")
+
+
+def write_megatron(prefix: Path, documents: list[list[list[int]]], code: int, dtype: str) -> None:
+    """A pair of files from documents of sequences, as the format says."""
+    sequences = [sequence for document in documents for sequence in document]
+    lengths = np.array([len(sequence) for sequence in sequences], dtype="<i4")
+    item = np.dtype(dtype).itemsize
+    offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype("<i8") * item if sequences else np.zeros(0, "<i8")
+    table = np.cumsum([0, *(len(document) for document in documents)]).astype("<i8")
+    head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, len(sequences), len(table))
+    prefix.with_suffix(".idx").write_bytes(head + lengths.tobytes() + offsets.tobytes() + table.tobytes())
+    prefix.with_suffix(".bin").write_bytes(b"".join(np.array(s, dtype=dtype).tobytes() for s in sequences))
+
+
+@pytest.mark.parametrize(("code", "dtype"), [(8, "<u2"), (4, "<i4"), (5, "<i8")])
+@pytest.mark.parametrize("name", ["a.bin", "a.idx", ""])
+@pytest.mark.parametrize("chunk_bytes", [8, 10**6])
+def test_megatron_documents_keep_their_ids(tmp_path, code, dtype, name, chunk_bytes):
+    documents = [[[1, 2, 3]], [[4], [5, 6]], [], [[7, 8, 60_000, 9]]]
+    write_megatron(tmp_path / "a", documents, code, dtype)
+    found = read(tmp_path / name, chunk_bytes=chunk_bytes)
+    assert [d.tokens.tolist() if isinstance(d, Document) else d.reason for d in found] == [
+        [1, 2, 3],
+        [4, 5, 6],
+        "empty",
+        [7, 8, 60_000, 9],
+    ]
+
+
+def test_megatron_files_that_do_not_fit_are_refused(tmp_path):
+    write_megatron(tmp_path / "a", [[[1, 2, 3]], [[4, 5]]], 8, "<u2")
+    table, ids = (tmp_path / "a.idx").read_bytes(), (tmp_path / "a.bin").read_bytes()
+    (tmp_path / "a.bin").write_bytes(ids[:-1])
+    with pytest.raises(DataError, match=r"places sequences beyond the 9 bytes"):
+        read(tmp_path / "a.idx")
+    (tmp_path / "a.bin").write_bytes(ids)
+    for end in range(9, len(table)):
+        (tmp_path / "a.idx").write_bytes(table[:end])
+        with pytest.raises(DataError, match="is cut"):
+            read(tmp_path / "a.idx")
+    (tmp_path / "a.idx").write_bytes(table[:17] + b"\7" + table[18:])
+    with pytest.raises(DataError, match="type code 7"):
+        read(tmp_path / "a.idx")
+    (tmp_path / "a.idx").unlink()
+    assert [f.reason for f in read(tmp_path / "a.bin")] == ["binary"]
 
 
 def test_a_folder_is_walked_in_sorted_order_without_hidden_files(tmp_path):

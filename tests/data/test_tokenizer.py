@@ -1,7 +1,7 @@
 """The tokenizer loses nothing, and is the same whenever it is trained on the same text."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatrain.base.errors import DataError
@@ -28,11 +28,13 @@ def test_training_twice_gives_the_same_file(content):
     assert train_tokenizer(iter(CORPUS), 300) == content
 
 
+@settings(deadline=None)
 @given(text=st.text())
 def test_any_text_decodes_to_itself(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@settings(deadline=None)
 @given(text=st.text())
 def test_a_document_is_its_encoding_and_one_end(tokenizer, text):
     (ids,) = tokenizer.encode_documents([text + END_OF_DOCUMENT])
@@ -40,6 +42,7 @@ def test_a_document_is_its_encoding_and_one_end(tokenizer, text):
     assert (ids == tokenizer.end_of_document).sum() == 1
 
 
+@settings(deadline=None)
 @given(text=st.text(min_size=1))
 def test_pieces_add_up_to_the_text(tokenizer, text):
     assert "".join(tokenizer.pieces(tokenizer.encode(text))) == text

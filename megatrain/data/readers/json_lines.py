@@ -14,6 +14,8 @@ from megatrain.data.documents import CHUNK_BYTES, READER, Document, Refused, Sou
 class JsonLines:
     text_field: str = "text"
     """Key of the text."""
+    id_field: str | None = None
+    """Key of ids to know the documents by; without one they are FILE:LINE."""
     chunk_bytes: int = CHUNK_BYTES
 
     suffixes: ClassVar[tuple[str, ...]] = (".jsonl", ".ndjson")
@@ -30,10 +32,10 @@ class JsonLines:
                     rest.append(block)
                     continue
                 content = b"".join([*rest, block[:end]])
-                yield Lines(source.name, first, content, size, self.text_field)
+                yield Lines(source.name, first, content, size, self.text_field, self.id_field)
                 first, size = first + content.count(b"\n"), 0
                 rest, held = [block[end:]], len(block) - end
-            yield Lines(source.name, first, b"".join(rest), size, self.text_field)
+            yield Lines(source.name, first, b"".join(rest), size, self.text_field, self.id_field)
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Lines:
     content: bytes
     size: int
     text_field: str
+    id_field: str | None
 
     def documents(self) -> Iterator[Document | Refused]:
         for number, line in enumerate(self.content.split(b"\n"), self.first):
@@ -60,10 +63,12 @@ class Lines:
         except (ValueError, RecursionError):
             return Refused(id, "not JSON")
         text = record.get(self.text_field) if isinstance(record, dict) else None
+        if self.id_field is not None and isinstance(record, dict) and isinstance(record.get(self.id_field), str | int):
+            id = str(record[self.id_field])
         if not isinstance(text, str):
             return Refused(id, f"no text under {self.text_field!r}")
         try:
-            text.encode()
+            (id + text).encode()
         except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
             return Refused(id, "not UTF-8")
         return Document(id, text) if text.strip() else Refused(id, "empty")
