@@ -7,7 +7,9 @@ The public face is three functions, loaded when first used, so that importing me
     megatrain.generate(model, "def main(")
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -23,3 +25,21 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*sorted(_FACE), "__version__"]
+
+
+class _CallableFolder(ModuleType):
+    """`megatrain.train` and `megatrain.generate` are folders of code and, called, the functions of the public face."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return __getattr__(self.__name__.rpartition(".")[2])(*arguments, **options)
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Once a folder is imported, importlib binds its name here, and `__getattr__` is no longer asked.
+        if name in _FACE and isinstance(value, ModuleType):
+            value.__class__ = _CallableFolder
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

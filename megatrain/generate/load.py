@@ -1,0 +1,132 @@
+"""A model to use, from a checkpoint of its training."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import nn
+
+from megatrain.base.device import Device
+from megatrain.base.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from megatrain.base.files import sha256_of
+from megatrain.checkpoint.checkpoints import differences
+from megatrain.checkpoint.read import Commit, find
+from megatrain.config.build import build
+from megatrain.config.source import Node
+from megatrain.data.shards import TOKENIZER
+from megatrain.data.tokenizer import Tokenizer
+from megatrain.models import MODEL
+from megatrain.parallel.shard import shards, slices_of
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model with what it needs to read and write text."""
+
+    model: Any
+    """In evaluation mode, undivided, on one device; its parameters take no gradients."""
+    tokenizer: Tokenizer
+    config: dict[str, Any]
+    """The run file it was trained by, resolved, as plain values."""
+    step: int
+    """Optimiser steps it was trained for."""
+    seq_len: int
+    """Tokens of the sequences it was trained on."""
+    device: torch.device
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ModelPart:
+    model: Annotated[Any, MODEL]
+
+
+def load(checkpoint: str | Path, *, device: str = "auto", dtype: str = "auto") -> Loaded:
+    """The model of a checkpoint, with its tokenizer.
+
+    Args:
+        checkpoint: a checkpoint's folder (step-00000100), or a run's folder, whose newest checkpoint is taken.
+        device: cpu, cuda, or auto: a card where there is one.
+        dtype: what the weights are kept and multiplied in: fp32, bf16, or auto: what the run computed in on a card, and
+            fp32 on a CPU.
+
+    Raises:
+        CheckpointError: it is no checkpoint, it is damaged, or its weights are not this model's.
+        ConfigError: its model is of a kind that is not known here; device or dtype is not one of those above.
+        DataError: the tokenizer is not found, or is another than the run's.
+    """
+    commit = find(checkpoint)
+    config = _config(commit)
+    part, _ = build(_ModelPart, _node({"model": config["model"]}, _where(commit)))
+    tokenizer = _tokenizer(commit, config)
+    placed = Device.of(device)
+    model = part.model.build(n_valid=tokenizer.vocab_size, seq_len=config["data"]["seq_len"])
+    _fill(model.to(_dtype(dtype, placed, config)), commit)
+    model.requires_grad_(False).eval().to(placed.torch)
+    return Loaded(model, tokenizer, config, commit.step, config["data"]["seq_len"], placed.torch)
+
+
+def _where(commit: Commit) -> str:
+    return commit.storage.describe(commit.folder)
+
+
+def _config(commit: Commit) -> dict[str, Any]:
+    """The run file, resolved; what is needed of it is there."""
+    config: Any = commit.manifest.facts.get("config")
+    try:
+        if isinstance(config["model"], dict) and type(config["data"]["seq_len"]) is int:
+            return config
+    except (KeyError, TypeError):
+        pass
+    raise CheckpointError(
+        f"{_where(commit)} does not say which model it holds (facts.config with model and data.seq_len): give a "
+        "checkpoint that `megatrain train` has written"
+    )
+
+
+def _node(value: Any, origin: str) -> Node:
+    """Plain values as a configuration's tree, all from `origin`."""
+    if isinstance(value, dict):
+        return Node({key: _node(child, origin) for key, child in value.items()}, origin)
+    if isinstance(value, list):
+        return Node([_node(child, origin) for child in value], origin)
+    return Node(value, origin)
+
+
+def _dtype(wanted: str, device: Device, config: dict[str, Any]) -> torch.dtype:
+    if wanted == "auto":
+        wanted = config.get("precision", {}).get("compute", "fp32") if device.kind == "cuda" else "fp32"
+    if wanted not in DTYPES:
+        raise ConfigError(f"dtype={wanted}: {did_you_mean(wanted, ['auto', *DTYPES])}")
+    return DTYPES[wanted]
+
+
+def _tokenizer(commit: Commit, config: dict[str, Any]) -> Tokenizer:
+    """The run's tokenizer: kept with the checkpoint or the run, so that they can be moved; else the one of its data."""
+    told = commit.manifest.facts.get("tokenizer")
+    entry = told if isinstance(told, dict) else {"fingerprint": told}
+    step_folder = Path(_where(commit))
+    data_folders = [Path(source["path"]) for source in config["data"].get("sources") or []]
+    folders = [step_folder, *step_folder.parents[:2], *data_folders]
+    found = [path for folder in folders if (path := folder / TOKENIZER).is_file()]
+    for path in found:
+        if sha256_of(path) == entry["fingerprint"]:
+            return Tokenizer.open(path, entry.get("end_of_document"))
+    remedy = f"put the {TOKENIZER} of its data set (sha256 {entry['fingerprint']}) into {step_folder}"
+    if found:
+        raise DataError(f"{found[0]} is not the tokenizer that {step_folder} was trained with: {remedy}")
+    raise DataError(
+        f"the tokenizer of {step_folder} is in none of {', '.join(map(str, dict.fromkeys(folders)))}: {remedy}"
+    )
+
+
+def _fill(model: nn.Module, commit: Commit) -> None:
+    """Every parameter from the checkpoint's weights, which must be those of this model and no others."""
+    reader, held = commit.reader(cast=True), shards(model)
+    if problems := differences(reader.shapes(), {name: shard.full_shape for name, shard in held.items()}):
+        raise CheckpointError("\n".join([f"{_where(commit)} is not of the model in its own config:", *problems]))
+    for name, parameter in model.named_parameters():
+        for piece in slices_of("weights", name, held[name], parameter.data.view(-1)):
+            reader.fill(piece)
