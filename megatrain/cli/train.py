@@ -25,7 +25,7 @@ def command(run_file: str, overrides: tuple[str, ...], nproc: int | None) -> Non
     if nproc is None:
         train(run_file, overrides)
         return
-    from megatrain.cluster.local_ranks import run_ranks
+    from megatrain.cluster.local_ranks import run_local_ranks
     from megatrain.train.check import refuse
     from megatrain.train.resume import finished
 
@@ -33,4 +33,4 @@ def command(run_file: str, overrides: tuple[str, ...], nproc: int | None) -> Non
     refuse(run, world=nproc)
     if finished(run):
         return
-    sys.exit(run_ranks(["train", run_file, *overrides], nproc))
+    sys.exit(run_local_ranks(nproc, [sys.executable, "-m", "megatrain", "train", run_file, *overrides]))

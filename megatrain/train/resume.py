@@ -5,7 +5,7 @@ from typing import Any
 from megatrain.base.errors import CheckpointError, ConfigError
 from megatrain.base.log import log
 from megatrain.checkpoint.checkpoints import Checkpoints
-from megatrain.checkpoint.keys import changed_keys
+from megatrain.checkpoint.keys import acknowledged, changed_keys
 from megatrain.checkpoint.read import Commit
 from megatrain.config.build import flat, plain
 from megatrain.train.folder import RunFolder
@@ -62,7 +62,7 @@ def refuse_other_run(run: Run, former: dict[str, Any]) -> None:
         ConfigError: naming every key that changes the mathematics and is not acknowledged.
     """
     _, refused = changed_keys(former, plain(run))
-    refused = {key: pair for key, pair in refused.items() if key not in run.checkpoint.acknowledge}
+    refused = {key: pair for key, pair in refused.items() if not acknowledged(key, run.checkpoint.acknowledge)}
     if not refused:
         return
     raise ConfigError(
