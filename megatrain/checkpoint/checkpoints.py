@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from megatrain.base.errors import CheckpointError
 from megatrain.base.log import log, warn
+from megatrain.checkpoint.compare import differences, some
 from megatrain.checkpoint.config import Keep
 from megatrain.checkpoint.exchange import Exchange
 from megatrain.checkpoint.lease import Lease, run_identity
@@ -342,7 +343,7 @@ class Checkpoints:
         wanted = {key for key in reader.manifest.tensors if states(key[0])}
         if left := sorted(f"{state} of {name}" for state, name in wanted - used):
             raise CheckpointError(
-                f"{reader.commit.folder} holds {len(left)} tensors that this run does not take ({_some(left)}): "
+                f"{reader.commit.folder} holds {len(left)} tensors that this run does not take ({some(left)}): "
                 "its optimiser or model is another one"
             )
 
@@ -382,22 +383,3 @@ class Checkpoints:
         if "problem" in answer:
             raise CheckpointError(answer["problem"])
         return answer["value"]
-
-
-def differences(saved: dict[str, tuple[int, ...]], model: dict[str, tuple[int, ...]]) -> list[str]:
-    """How the names and shapes of a checkpoint's weights differ from a model's, a line for each kind."""
-    missing, extra = sorted(set(model) - set(saved)), sorted(set(saved) - set(model))
-    other = sorted(name for name in set(saved) & set(model) if tuple(saved[name]) != tuple(model[name]))
-    found = []
-    if missing:
-        found.append(f"{len(missing)} weights of the model are not in it: {_some(missing)}")
-    if extra:
-        found.append(f"{len(extra)} of its weights are not in the model: {_some(extra)}")
-    if other:
-        shapes = [f"{name} {list(saved[name])} in it, {list(model[name])} in the model" for name in other]
-        found.append(f"{len(other)} have another shape: {_some(shapes)}")
-    return found
-
-
-def _some(names: list[str], n: int = 8) -> str:
-    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")

@@ -104,14 +104,17 @@ class Written:
         }  # fmt: skip
 
 
-def write_files(copy: HostCopy, storage: Storage, folder: str, rank: int, file_bytes: int, fault: Fault) -> Written:
+def write_files(
+    copy: HostCopy, storage: Storage, folder: str, rank: int, file_bytes: int, fault: Fault, first: int = 0
+) -> Written:
     """Write a rank's files into `folder`.
 
     Args:
         file_bytes: a file is closed before it grows beyond this; a tensor is never cut, so one may be larger.
+        first: number of the first file.
     """
     written = Written([], [])
-    for n, pieces in enumerate(_files(copy.pieces, file_bytes)):
+    for n, pieces in enumerate(_files(copy.pieces, file_bytes), first):
         file = f"rank-{rank:05d}-{n:03d}.safetensors"
         origin = pieces[0].begin
         entries = [Entry(p.key, p.dtype, p.shape, p.begin - origin, p.end - origin) for p in pieces]

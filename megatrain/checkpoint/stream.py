@@ -1,0 +1,161 @@
+"""A checkpoint written by one process, tensor by tensor: how converted and averaged models are made.
+
+Memory holds one file's tensors at a time, twice.
+"""
+
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatrain.base.errors import CheckpointError
+from megatrain.base.files import fsync_folder
+from megatrain.checkpoint.manifest import COMMIT, MANIFEST, decode, digest_of, encode
+from megatrain.checkpoint.origin import origin
+from megatrain.checkpoint.read import Commit, Reader, find
+from megatrain.checkpoint.storage import LocalStorage, refusal
+from megatrain.checkpoint.tensorfile import Entry, encode_header
+from megatrain.checkpoint.write import HostCopy, assemble, write_files
+from megatrain.parallel.shard import Box, Slice
+
+FILE_BYTES = 512 * 2**20
+
+Named = tuple[str, str, Tensor]
+"""state, name, full tensor."""
+
+
+def whole_slice(state: str, name: str, tensor: Tensor) -> Slice:
+    """A full tensor as one slice."""
+    values = tensor.contiguous().view(1, -1)
+    return Slice(state, name, tuple(tensor.shape), (1, tensor.numel()), Box(0, 1, 0, tensor.numel()), values, True)
+
+
+def write_checkpoint(
+    folder: str | Path,
+    tensors: Iterable[Named],
+    *,
+    step: int,
+    state: Any,
+    facts: dict[str, Any],
+    file_bytes: int = FILE_BYTES,
+) -> Commit:
+    """Write `tensors` as the checkpoint `folder`, which appears when it is whole.
+
+    Raises:
+        CheckpointError: the folder exists, or there is no room.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists: name a new folder, or remove it")
+    storage, staging = LocalStorage(folder.parent), f".{folder.name}.partial"
+    copy = HostCopy()
+    reports: list[Any] = []
+    try:
+        storage.prepare(staging)
+        for batch in _batches(tensors, file_bytes):
+            copy.take(whole_slice(*named) for named in batch)
+            batch.clear()
+            n = sum(len(report["files"]) for report in reports)
+            reports.append(write_files(copy, storage, staging, 0, 2 * file_bytes, lambda point: None, n).plain())
+        text = encode(step, state, facts | {"origin": origin(1)}, *assemble(reports))
+        decode(text, f"the manifest of {folder}")
+        storage.write(f"{staging}/{MANIFEST}", [text])
+        storage.write(f"{staging}/{COMMIT}", [digest_of(text).encode() + b"\n"])
+        storage.publish(staging, folder.name)
+    except OSError as error:
+        shutil.rmtree(folder.parent / staging, ignore_errors=True)
+        raise refusal(error, f"writing {folder}", storage) from None
+    except BaseException:
+        shutil.rmtree(folder.parent / staging, ignore_errors=True)
+        raise
+    return Commit.open(storage, folder.name)
+
+
+def _batches(tensors: Iterable[Named], file_bytes: int) -> Iterator[list[Named]]:
+    """Tensors in order, as many together as one file takes."""
+    batch: list[Named] = []
+    held = 0
+    for named in tensors:
+        size = named[2].numel() * named[2].element_size()
+        if batch and held + size > file_bytes:
+            yield batch
+            batch, held = [], 0
+        batch.append(named)
+        held += size
+        del named
+    if batch:
+        yield batch
+
+
+def consolidate(reader: Reader, path: str | Path) -> int:
+    """All weights in one safetensors file, under their plain names, read by any program; returns its bytes.
+
+    One tensor is in memory at a time.
+    """
+    path = Path(path)
+    if path.exists():
+        raise CheckpointError(f"{path} exists: name a new file, or remove it")
+    entries, at = [], 0
+    held = [(name, reader.stored(name)) for name in reader.names("weights")]
+    for name, stored in sorted(held, key=lambda pair: (-pair[1].dtype.itemsize, pair[0])):
+        n_bytes = stored.matrix[0] * stored.matrix[1] * stored.dtype.itemsize
+        entries.append(Entry(name, stored.dtype, stored.shape, at, at + n_bytes))
+        at += n_bytes
+    header = encode_header(entries, {"format": "pt"})
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        yield header
+        for entry in entries:
+            copy = HostCopy()
+            copy.take([whole_slice("weights", entry.key, reader.read_full(entry.key))])
+            yield copy.data(0, copy.bytes)
+
+    storage, aside = LocalStorage(path.parent), f".{path.name}.partial"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / aside).unlink(missing_ok=True)
+        storage.write(aside, chunks())
+        (path.parent / aside).rename(path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        (path.parent / aside).unlink(missing_ok=True)
+        raise refusal(error, f"writing {path}", storage, len(header) + at) from None
+    return len(header) + at
+
+
+def average(places: list[str | Path], folder: str | Path, shares: list[float] | None = None) -> Commit:
+    """The mean of several checkpoints' weights as a checkpoint of weights alone, for `init_from` and `generate`.
+
+    Sums are taken in float64 and rounded once. Paper: Wortsman et al. 2022, arXiv:2203.05482 (model soups).
+
+    Args:
+        shares: of each checkpoint, adding up to anything but zero; equal by default.
+
+    Raises:
+        CheckpointError: they are not of the same model.
+    """
+    commits = [find(place) for place in places]
+    readers = [commit.reader() for commit in commits]
+    shares = shares or [1.0] * len(readers)
+    if len(shares) != len(readers) or not sum(shares):
+        raise CheckpointError(f"{len(shares)} shares for {len(readers)} checkpoints: give each one, not adding up to 0")
+    for place, reader in zip(places, readers, strict=True):
+        if reader.shapes() != readers[0].shapes():
+            raise CheckpointError(f"{place} and {places[0]} are not of the same model: average checkpoints of one")
+
+    def tensors() -> Iterator[Named]:
+        for name in readers[0].names():
+            total = torch.zeros(readers[0].stored(name).shape, dtype=torch.float64)
+            for share, reader in zip(shares, readers, strict=True):
+                total += share * reader.read_full(name)
+            yield "weights", name, (total / sum(shares)).to(readers[0].stored(name).dtype)
+
+    last = max(readers, key=lambda reader: reader.step)
+    line = {"averaged": [[c.storage.describe(c.folder), c.digest] for c in commits], "shares": shares}
+    facts = {k: last.facts.get(k) for k in ("config", "tokenizer")} | {
+        "lineage": [*(last.facts.get("lineage") or []), line]
+    }
+    return write_checkpoint(folder, tensors(), step=last.step, state=None, facts=facts)

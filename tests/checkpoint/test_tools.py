@@ -1,0 +1,152 @@
+"""Looking at checkpoints, comparing them, and putting them together."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from megatrain.base.errors import CheckpointError
+from megatrain.checkpoint.compare import diff, summaries
+from megatrain.checkpoint.read import find
+from megatrain.checkpoint.stream import average, consolidate, write_checkpoint
+from megatrain.cli.checkpoint import command
+from tests.checkpoint.toy import SPECS, STATES, commit_of, full_tensors, ranks_of
+
+FACTS = {"config": {"seed": 0, "model": {"d_model": 4}}, "tokenizer": "abc", "lineage": [{"step": 0}]}
+
+
+def commit(folder, full, step: int = 1, layout=(2, 2, True), **facts):
+    return commit_of(folder, ranks_of(full, *layout), step, state={"tokens": step}, facts=FACTS | facts)
+
+
+def call(*words: str):
+    return CliRunner().invoke(command, words, catch_exceptions=False)
+
+
+def test_norms_are_those_of_the_full_tensors(tmp_path):
+    full = full_tensors()
+    full["weights", "scale"].fill_(float("inf"))
+    rows = list(summaries(commit(tmp_path, full).reader(), values=True))
+    assert [(row.state, row.name) for row in rows] == sorted(full)
+    for row in rows:
+        x = full[row.state, row.name].double()
+        if row.not_finite:
+            assert (row.name, row.norm, row.not_finite) == ("scale", 0.0, 1)
+        else:
+            assert row.norm == pytest.approx(float(x.norm()), rel=1e-12)
+            assert row.largest == float(x.abs().max())
+
+
+def test_names_and_shapes_are_shown_without_reading_values(tmp_path):
+    commit(tmp_path, full_tensors())
+    answer = json.loads(call("inspect", str(tmp_path), "--no-norms", "--json").output)
+    assert len(answer["tensors"]) == len(SPECS) * len(STATES)
+    assert all(row["norm"] is None for row in answer["tensors"])
+    text = call("inspect", str(tmp_path), "--state", "weights").output
+    assert "layers.0.attention.qkv.weight" in text
+    assert "exp_avg" not in text
+
+
+def test_two_layouts_of_the_same_state_are_the_same(tmp_path):
+    full = full_tensors()
+    commit(tmp_path / "a", full), commit(tmp_path / "b", full, layout=(1, 3, True))
+    answer = call("diff", str(tmp_path / "a"), str(tmp_path / "b"))
+    assert (answer.output, answer.exit_code) == ("the same\n", 0)
+
+
+def test_what_differs_is_named_with_its_distance(tmp_path):
+    full = full_tensors()
+    other = {key: x.clone() for key, x in full.items() if key[1] != "scale"}
+    other["weights", "embedding.weight"][0, 0] += 0.5
+    a = commit(tmp_path / "a", full)
+    b = commit_of(
+        tmp_path / "b", ranks_of(other, 1, 1, False, SPECS[:-1]), 2, state={"tokens": 2},
+        facts=FACTS | {"config": {"seed": 1, "model": {"d_model": 4}}},
+    )  # fmt: skip
+    found = {d.what: d.how for d in diff(a.reader(), b.reader())}
+    assert found == {
+        "config.seed": "0 in a, 1 in b",
+        "state.tokens": "1 in a, 2 in b",
+        "weights/embedding.weight": found["weights/embedding.weight"],
+        **{f"{state}/scale": "only in a" for state in STATES},
+    }
+    assert found["weights/embedding.weight"].startswith("1 of 48 elements differ, by at most 0.5;")
+    assert call("diff", str(tmp_path / "a"), str(tmp_path / "b")).exit_code == 1
+
+
+def test_verify_names_the_damaged_file(tmp_path):
+    commit(tmp_path, full_tensors())
+    assert "is whole: 4 files" in call("verify", str(tmp_path)).output
+    file = tmp_path / "step-00000001" / "rank-00002-000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(CheckpointError, match=r"rank-00002-000.safetensors is damaged"):
+        call("verify", str(tmp_path))
+
+
+def test_one_file_holds_all_weights_under_their_names(tmp_path):
+    full = full_tensors()
+    commit(tmp_path, full)
+    out = tmp_path / "folder" / "all.safetensors"
+    call("consolidate", str(tmp_path), str(out))
+    found = load_file(out)
+    assert found.keys() == {s.name for s in SPECS}
+    assert all(torch.equal(values, full["weights", name]) for name, values in found.items())
+    with pytest.raises(CheckpointError, match="exists"):
+        consolidate(find(tmp_path).reader(), out)
+
+
+def test_the_average_is_the_weighted_mean_of_weights_alone(tmp_path):
+    states = [full_tensors(seed=seed) for seed in range(3)]
+    places = [
+        str(commit(tmp_path / "c", full, step).storage.root / f"step-{step:08d}") for step, full in enumerate(states)
+    ]
+    call("average", *places, "--out", str(tmp_path / "soup"), "--share", "1", "--share", "2", "--share", "1")
+    reader = find(tmp_path / "soup").reader()
+    assert reader.states() == ["weights"]
+    for s in SPECS:
+        x, y, z = (full["weights", s.name].double() for full in states)
+        assert torch.equal(reader.read_full(s.name), ((x + 2 * y + z) / 4).float())
+    assert (reader.step, reader.facts["config"]) == (2, FACTS["config"])
+    assert len(reader.facts["lineage"][-1]["averaged"]) == 3
+
+
+def test_an_average_of_one_is_the_same_bits(tmp_path):
+    full = full_tensors()
+    commit(tmp_path / "c", full)
+    reader = average([tmp_path / "c"], tmp_path / "out").reader()
+    assert all(torch.equal(reader.read_full(s.name), full["weights", s.name]) for s in SPECS)
+
+
+def test_checkpoints_of_different_models_are_not_averaged(tmp_path):
+    commit(tmp_path / "a", full_tensors())
+    commit_of(tmp_path / "b", ranks_of(full_tensors(), 1, 1, False, SPECS[:2]))
+    with pytest.raises(CheckpointError, match="not of the same model"):
+        average([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+
+
+def test_a_checkpoint_written_tensor_by_tensor_has_many_files_and_all_values(tmp_path):
+    full = full_tensors()
+
+    def tensors():
+        for key, values in full.items():
+            yield (*key, values)
+
+    written = write_checkpoint(tmp_path / "out", tensors(), step=3, state=None, facts={}, file_bytes=400)
+    assert len(written.manifest.files) > 5
+    assert written.damage() == []
+    reader = find(tmp_path / "out").reader()
+    assert all(torch.equal(reader.read_full(name, state), values) for (state, name), values in full.items())
+    with pytest.raises(CheckpointError, match="exists"):
+        write_checkpoint(tmp_path / "out", tensors(), step=3, state=None, facts={})
+
+
+def test_a_streamed_checkpoint_that_fails_leaves_nothing(tmp_path):
+    def tensors():
+        yield "weights", "x", torch.zeros(3)
+        raise ValueError("the cause")
+
+    with pytest.raises(ValueError, match="the cause"):
+        write_checkpoint(tmp_path / "out", tensors(), step=0, state=None, facts={})
+    assert list(tmp_path.iterdir()) == []
