@@ -84,7 +84,8 @@ def _collect(ranks: list[Any], folder: Path, deadline: float, timeout: float) ->
         if not ready:
             break
     if failures:
-        raise RankError("\n".join(f"rank {r}: {text}{_printed(folder, r)}" for r, text in failures.items()))
+        causes_first = sorted(failures, key=lambda r: "Connection closed by peer" in failures[r])
+        raise RankError("\n".join(f"rank {r}: {failures[r]}{_printed(folder, r)}" for r in causes_first))
     if open_ranks:
         hanging = sorted(open_ranks.values())
         stacks = "\n".join(f"rank {r} is at:\n{_stack(ranks[r][0], folder, r)}{_printed(folder, r)}" for r in hanging)

@@ -1,0 +1,408 @@
+"""ZeRO data parallelism (Rajbhandari et al. 2020, arXiv:1910.02054) by DeepSpeed: the only file that imports it.
+
+DeepSpeed shards and reduces; the loop over micro-batches, the norm, the clip and the decision to skip are ours. It is
+given one optimiser step at a time (no accumulation of its own) and a plain torch optimiser, in which it puts flat
+float32 partitions in the place of the parameters, one for each parameter group.
+
+| stage | gradients are reduced | bf16 gradients are summed in float32 by |
+|---|---|---|
+| 0 | once a step | autograd, into float32 gradients of the parameters |
+| 1 | once a step | the same |
+| 2, 3 | with every micro-batch, since each rank keeps only its partition | DeepSpeed, into float32 partitions |
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatrain.base.device import Device
+from megatrain.base.errors import ConfigError
+from megatrain.engine.api import ENGINE, Engine, EngineCase, Parts, StepReport
+from megatrain.engine.gradients import Gradients, sum_partial
+from megatrain.engine.kinds.plain import PlainEngine
+from megatrain.engine.passes import Passes, mean, summed
+from megatrain.nn.batch import Batch
+from megatrain.optim.norm import clip_divisor, global_norm, not_finite, squared_norm
+from megatrain.optim.optimizer import guarded, set_lr, set_step_count, step_count
+from megatrain.parallel.mesh import ALONE, Mesh
+from megatrain.parallel.shard import Shard, Slice, shards, slices_of
+
+BUCKET_ELEMENTS = 2**26
+"""Most elements that DeepSpeed reduces or gathers at a time."""
+
+
+@ENGINE.register("deepspeed")
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeed:
+    """DeepSpeed's ZeRO, stages 0 to 3."""
+
+    persistent_below: int = 100_000
+    """Stage 3 keeps parameters of fewer elements whole on every rank: gathering them would cost more than it saves."""
+
+    def unsupported_reasons(self, case: EngineCase) -> list[str]:
+        if case.zero == 3 and case.pp > 1:
+            return [
+                f"layout.zero=3 with layout.pp={case.pp} gathers every stage's parameters for every micro-batch and is "
+                "not offered: set layout.zero to 1 or 2"
+            ]
+        return []
+
+    def build(self, parts: Parts) -> Engine:
+        return ZeroEngine(parts, self) if parts.zero else AllReduceEngine(parts)
+
+
+# ------------------------------------------------------------------------------------------------ DeepSpeed itself
+
+
+def imported(device: Device) -> ModuleType:
+    """The package, quiet, told of our device, and kept from compiling anything.
+
+    On CPU it would build a shared-memory communication op at every first start; a process that is killed meanwhile
+    leaves a lock behind on which all later ones hang.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.kind)
+    os.environ.setdefault("LOCAL_RANK", str(device.index))  # it reads its device from nowhere else
+    logging.disable(logging.WARNING)  # while it is imported it speaks before it can be told not to
+    try:
+        import deepspeed
+    finally:
+        logging.disable(logging.NOTSET)
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class Groups:
+    """Our mesh as DeepSpeed asks for it (its `mpu`). For it, model parallel is everything that is not data: tp x pp.
+
+    It must not have an attribute `initialize_sequence_parallel`, which would switch off sums over model-parallel ranks.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self.data, self.model, self.tp, self.pp = (mesh.axis(name) for name in ("data", "model", "tp", "pp"))
+
+    def get_data_parallel_group(self) -> Any:
+        return self.data.group
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.data.size
+
+    def get_data_parallel_rank(self) -> int:
+        return self.data.rank
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return list(self.data.ranks)
+
+    def get_model_parallel_group(self) -> Any:
+        return self.model.group
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.model.size
+
+    def get_model_parallel_rank(self) -> int:
+        return self.model.rank
+
+    def get_tensor_model_parallel_group(self) -> Any:
+        return self.tp.group
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self.tp.size
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self.tp.rank
+
+    def get_pipeline_model_parallel_group(self) -> Any:
+        return self.pp.group
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return self.pp.size
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return self.pp.rank
+
+
+def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, device: Device, config: dict) -> Any:
+    """A DeepSpeed engine that takes one step at a time and neither measures nor clips the gradient."""
+    deepspeed = imported(device)
+    common = {
+        "train_micro_batch_size_per_gpu": 1,  # it only counts samples with these two
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=common | config, mpu=Groups(mesh))
+    return engine
+
+
+def connected(mesh: Mesh) -> Mesh:
+    """The mesh with process groups; DeepSpeed needs one even of a single rank."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return mesh if mesh.groups else mesh.connect()
+
+
+# ------------------------------------------------------------------------------------------------ stage 0
+
+
+class AllReduceEngine(PlainEngine):
+    """Stage 0 shards nothing: DeepSpeed all-reduces the gradients, the rest is the plain engine's."""
+
+    def __init__(self, parts: Parts):
+        super().__init__(parts)
+        mesh = connected(parts.mesh)
+        # it is not told of bf16 parameters: it only reduces their gradients, which are float32
+        self.engine = initialize(self.model, self.optimizer, mesh, parts.device, {"zero_optimization": {"stage": 0}})
+
+    def _gradients(self) -> Gradients:
+        return Gradients(list(self.named.values()), ALONE)
+
+    def _gradients_of(self, batch: Batch, tokens: Tensor) -> Tensor:
+        loss_sum = self.passes.forward_backward(batch, tokens / self.data.size)  # DeepSpeed averages over the ranks
+        sum_partial(self.partial, self.tp)
+        self.gradients.reduce()
+        self.engine.allreduce_gradients()
+        return loss_sum
+
+    def close(self) -> None:
+        super().close()
+        self.engine.destroy()
+
+
+# ------------------------------------------------------------------------------------------------ stages 1 to 3
+
+
+class Cast(nn.Module):
+    """A model whose products are taken in another format. (DeepSpeed's engine switches an outer autocast off.)"""
+
+    def __init__(self, model: nn.Module, passes: Passes):
+        super().__init__()
+        self.model, self.passes = model, passes
+
+    def forward(self, batch: Batch) -> Any:
+        with self.passes.number_format():
+            return self.model(batch)
+
+
+@dataclass(frozen=True)
+class Held:
+    """The part of a parameter whose optimiser state this rank holds: a flat range of the local tensor."""
+
+    name: str
+    start: int
+    master: Tensor
+    """float32 [n], a view into the flat partition `flat`."""
+    flat: Tensor
+    group: int
+    """Number of `flat` among DeepSpeed's."""
+    at: int
+    """Where the range begins in `flat`."""
+
+
+class ZeroEngine:
+    """Stages 1, 2 and 3: optimiser state, gradients and parameters are partitioned over the data-parallel ranks."""
+
+    def __init__(self, parts: Parts, choice: DeepSpeed):
+        self.parts, self.model, self.device, self.stage = parts, parts.model, parts.device.torch, parts.zero
+        mesh = connected(parts.mesh)
+        self.data, self.tp, self.pp = (mesh.axis(name) for name in ("data", "tp", "pp"))
+        self.named = dict(self.model.named_parameters())
+        self.shards = shards(self.model)
+        refuse(self.named, self.shards, parts)
+        self.partial = [p for name, p in self.named.items() if self.shards[name].summed_over_tp]
+        self.bf16 = parts.precision.parameters == "bf16"
+        exact = {name: p.detach().clone() for name, p in self.named.items()} if self.bf16 else {}
+        passes = Passes(self.model, self.data, parts.micro_batch, self.device, parts.precision.autocast)
+        module = Cast(self.model, passes) if passes.autocast else self.model
+        self.optimizer = parts.optimizer.build(self.named)
+        if self.stage == 3:
+            keep_compiled_blocks_whole(self.model, parts.device)
+        config = zero_config(
+            self.stage, self.bf16, choice.persistent_below, sum(p.numel() for p in self.named.values())
+        )
+        self.engine = initialize(module, self.optimizer, mesh, parts.device, config)
+        self.zero = self.engine.optimizer
+        parts.optimizer.allocate(self.optimizer, self._flats())
+        if self.stage == 1:
+            for p in self.named.values():
+                p.grad_dtype = torch.float32
+        else:
+            self._sum_partial_in_backward()
+        self.passes = Passes(self.engine, self.data, parts.micro_batch, self.device)
+        if exact:
+            self._start_from(exact)
+
+    # --------------------------------------------------------------------------------- a step
+
+    def step(self, batch: Batch, lr: float) -> StepReport:
+        batch = batch.to(self.device)
+        tokens = self.passes.global_tokens(batch)
+        loss_sum = self._reduced_gradients_of(batch, tokens / self.data.size)  # DeepSpeed averages over the ranks
+        squared = squared_norm(self._counted_gradients(), self.device)
+        norm = global_norm(squared, (self.data, self.tp, self.pp))
+        skipped = not_finite(norm)
+        set_lr(self.optimizer, lr)
+        with guarded(self.optimizer, clip_divisor(norm, self.parts.optimizer.clip), skipped):
+            self.engine.step()
+        return StepReport(mean(summed(loss_sum, self.data), tokens), tokens, norm, skipped)
+
+    def _reduced_gradients_of(self, batch: Batch, divisor: Tensor) -> Tensor:
+        """Leave the reduced gradient in DeepSpeed's partitions; return this rank's loss sum."""
+        if self.stage == 1:
+            with self.engine.coalesce_grad_reduction():
+                loss_sum = self.passes.forward_backward(batch, divisor)
+                sum_partial(self.partial, self.tp)
+            return loss_sum
+
+        def backward(loss: Tensor, last: bool) -> None:
+            self.engine.set_gradient_accumulation_boundary(last)
+            self.engine.backward(loss)
+
+        return self.passes.forward_backward(batch, divisor, backward)
+
+    def _sum_partial_in_backward(self) -> None:
+        """Partial gradients must be summed over tp before DeepSpeed takes them away, which it does during backward."""
+
+        def sum_over_tp(gradient: Tensor) -> Tensor:
+            return summed(gradient.float(), self.tp).to(gradient.dtype)
+
+        for p in self.partial:
+            if self.tp.size > 1:
+                p.register_hook(sum_over_tp)
+
+    def _counted_gradients(self) -> Iterator[Tensor]:
+        """This rank's partition of the gradient, without what another tensor-parallel rank counts."""
+        found = {}
+        for group, pieces in self.zero.averaged_gradients.items():  # laid end to end, they are the flat partition
+            at = 0
+            for piece in pieces:
+                found[group, at] = piece
+                at += piece.numel()
+        for held in self._held():
+            if all(part.counted for part in self.shards[held.name].parts):
+                yield found[held.group, held.at].flatten()[: held.master.numel()]
+
+    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.passes.evaluate(batch)
+
+    # --------------------------------------------------------------------------------- its state
+
+    def _flats(self) -> list[Tensor]:
+        """The flat float32 partitions, in the order of DeepSpeed's groups."""
+        if self.stage == 3:
+            return list(self.zero.fp32_partitioned_groups_flat)
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _held(self) -> Iterator[Held]:
+        flats = self._flats()
+        p: Any  # it has DeepSpeed's attributes
+        for name, p in self.named.items():
+            if self.stage == 3:
+                group, at, _ = self.zero.grad_position[self.zero.get_param_id(p)]
+                start = p.ds_tensor.ds_numel * self.data.rank
+                numel = min(
+                    p.ds_tensor.ds_numel, p.ds_numel - start
+                )  # partitions are equal, so the last ends in padding
+            elif p._hp_mapping is None:
+                continue  # other ranks hold all of it
+            else:  # its optim_fragment would be easier to use, but is filled for the first parameter group only
+                mapping = p._hp_mapping
+                group, at = mapping.param_group_index, mapping.hp_fragment_address.start
+                start, numel = mapping.lp_fragment_address.start, mapping.hp_fragment_address.numel
+            if numel > 0:
+                yield Held(name, start, flats[group].data.narrow(0, at, numel), flats[group], group, at)
+
+    def slices(self) -> Iterator[Slice]:
+        for held in self._held():
+            state = self.optimizer.state[held.flat]
+            moments = {s: state[s].narrow(0, held.at, held.master.numel()) for s in self.parts.optimizer.states}
+            for what, values in {"weights": held.master, **moments}.items():
+                yield from slices_of(what, held.name, self.shards[held.name], values, held.start)
+
+    @torch.no_grad()
+    def load(self, fill: Callable[[Slice], None], states: Callable[[str], bool] = lambda state: True) -> None:
+        for piece in self.slices():
+            if states(piece.state):
+                fill(piece)
+        self._publish()
+
+    @torch.no_grad()
+    def _start_from(self, exact: dict[str, Tensor]) -> None:
+        """Give the masters the values from before rounding: DeepSpeed makes them from the rounded ones."""
+        for held in self._held():
+            held.master.copy_(exact[held.name].flatten().narrow(0, held.start, held.master.numel()))
+        self._publish()
+
+    def _publish(self) -> None:
+        """Make the model compute with the masters' values, on every rank."""
+        if self.stage < 3:
+            self.zero.update_lp_params()
+            return
+        for low, high in zip(self.zero.fp16_partitioned_groups_flat, self._flats(), strict=True):
+            low.data.copy_(high.data)
+        if kept := self.zero.persistent_parameters:
+            kept[0].partition(kept, has_been_updated=False)
+            kept[0].all_gather(kept)
+
+    def scalars(self) -> dict[str, Any]:
+        return {"optimizer_steps": step_count(self.optimizer)}
+
+    def load_scalars(self, scalars: dict[str, Any]) -> None:
+        set_step_count(self.optimizer, scalars["optimizer_steps"])
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+
+def refuse(named: dict[str, nn.Parameter], of: dict[str, Shard], parts: Parts) -> None:
+    """Raise ConfigError for what ZeRO cannot do right."""
+    problems = parts.optimizer.unmatched(named)
+    if frozen := [name for name, p in named.items() if not p.requires_grad]:
+        problems.append(
+            f"parameters that are not trained ({', '.join(frozen[:3])}) have no place in DeepSpeed's partitions: "
+            "set layout.engine=plain"
+        )
+    mixed = [name for name, shard in of.items() if len({part.counted for part in shard.parts}) > 1]
+    if mixed:
+        problems.append(
+            f"parameters of which ranks hold copies of some rows only ({', '.join(mixed[:3])}) would be counted "
+            "wrongly in the norm under ZeRO: set layout.engine=plain, or a smaller tp"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def keep_compiled_blocks_whole(model: nn.Module, device: Device) -> None:
+    """Tell stage 3 to gather a compiled block at once: its hooks inside would break the graph."""
+    compiled = {type(module) for module in model.modules() if "forward" in vars(module)}
+    if compiled:
+        imported(device).utils.set_z3_leaf_modules(model, list(compiled))
+
+
+def zero_config(stage: int, bf16: bool, persistent_below: int, n_parameters: int) -> dict[str, Any]:
+    """DeepSpeed's configuration of a stage. It ignores mistyped keys, so the precision tests are what checks these."""
+    bucket = max(1, min(BUCKET_ELEMENTS, n_parameters))
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": False,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    config: dict[str, Any] = {"zero_optimization": zero}
+    if stage < 3:
+        zero["compute_grad_norm"] = False
+    else:
+        zero["stage3_param_persistence_threshold"] = persistent_below
+    if bf16:
+        config |= {"bf16": {"enabled": True, "check_grad_overflow": False}, "communication_data_type": "fp32"}
+        if stage == 1:  # its contiguous buffers have the parameters' format
+            zero["contiguous_gradients"] = False
+        else:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
