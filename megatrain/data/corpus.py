@@ -14,22 +14,22 @@ A document that lies across the border of two slots' parts is read by both, each
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatrain.base.errors import DataError
 from megatrain.data.order import permutation
-from megatrain.data.shards import Manifest, Shard, TokenizerEntry, Tokens
+from megatrain.data.shards import Manifest, Shard, TokenizerEntry
 
+_FEW = 6  # documents that are copied faster one by one than gathered
 _OPEN_SHARDS = 512  # shuffled shards kept at once, at 24 bytes a document
 
 
-@dataclass(frozen=True)
-class Stretch:
-    """A range of tokens of one shuffled shard."""
+class Stretch(NamedTuple):
+    """Tokens [start, stop) of one shuffled shard."""
 
     shard: "ShuffledShard"
     start: int
@@ -37,7 +37,7 @@ class Stretch:
 
 
 class ShuffledShard:
-    """The documents of a shard in the order of one epoch, laid end to end."""
+    """The documents of a shard in the order of one epoch, laid end to end. Positions are in that stream of tokens."""
 
     def __init__(self, shard: Shard, order: NDArray[np.int64]):
         self.shard = shard
@@ -45,33 +45,39 @@ class ShuffledShard:
         length = shard.length[order]
         self.end = np.cumsum(length)
         self.begin = self.end - length
-        self.shift = shard.start[order] - self.begin  # from a position in this stream to an element of the tar
+        self.shift = shard.start[order] - self.begin  # from a position to an element of the tar
 
-    def documents(self, start: int, stop: int) -> slice:
-        """Which documents, in this order, have tokens in [start, stop)."""
-        return slice(int(self.end.searchsorted(start, side="right")), int(self.begin.searchsorted(stop, side="left")))
+    def documents(self, start: int, stop: int) -> tuple[int, int]:
+        """Which documents have tokens in [start, stop): places [first, last) in this order."""
+        first = int(self.end.searchsorted(start, side="right"))
+        if self.end[first] >= stop:
+            return first, first + 1
+        return first, int(self.begin.searchsorted(stop, side="left"))
 
-    def lengths(self, among: slice, start: int, stop: int) -> NDArray[np.int64]:
+    def lengths(self, first: int, last: int, start: int, stop: int) -> NDArray[np.int64]:
         """Tokens of each of those documents within [start, stop)."""
-        length = self.end[among] - self.begin[among]
-        length[0] -= start - self.begin[among.start]
-        length[-1] -= self.end[among.stop - 1] - stop
+        length = self.end[first:last] - self.begin[first:last]
+        length[0] -= start - self.begin[first]
+        length[-1] -= self.end[last - 1] - stop
         return length
 
-    def tokens(self, among: slice, start: int, stop: int) -> Tokens:
-        """The ids at [start, stop)."""
+    def copy(self, into: NDArray[np.int64], first: int, last: int, start: int, stop: int) -> None:
+        """Write the ids at [start, stop), which lie in documents [first, last), to `into` [stop - start]."""
         ids = self.shard.ids
-        if among.stop - among.start == 1:
-            shift = self.shift[among.start]
-            return ids[start + shift : stop + shift]
-        where = np.repeat(self.shift[among], self.lengths(among, start, stop))
-        where += np.arange(start, stop)
-        return ids.take(where)
+        if last - first > _FEW:
+            where = np.repeat(self.shift[first:last], self.lengths(first, last, start, stop))
+            where += np.arange(start, stop)
+            into[:] = ids.take(where)
+            return
+        at = start
+        for shift, end in zip(self.shift[first:last].tolist(), self.end[first:last].tolist(), strict=True):
+            upto = min(end, stop)
+            into[at - start : upto - start] = ids[at + shift : upto + shift]
+            at = upto
 
-    def before(self, among: slice, start: int) -> int | None:
-        """The id before position `start` in the same document, None where a document begins."""
-        first = among.start
-        return None if self.begin[first] == start else int(self.shard.ids[start + self.shift[first] - 1])
+    def before(self, first: int, start: int) -> int:
+        """The id before position `start`, which lies inside document `first`."""
+        return int(self.shard.ids[start + self.shift[first] - 1])
 
 
 class Corpus:
@@ -88,18 +94,10 @@ class Corpus:
                 "from more text"
             )
         self.split = self.manifest.splits[split]
+        self.n_tokens = self.split.tokens
         self.shards = [Shard.of(folder, entry, self.manifest.dtype) for entry in self.split.shards]
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._shuffled: OrderedDict[tuple[int, int], ShuffledShard] = OrderedDict()
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of an epoch."""
-        return self._total
-
-    @cached_property
-    def _total(self) -> int:
-        return self.split.tokens
 
     def part(self, slot: int, n_slots: int) -> tuple[int, int]:
         """The range of every epoch that a slot reads."""
@@ -112,7 +110,8 @@ class Corpus:
             epoch, offset = divmod(start, high - low)
             n = min(count, high - low - offset)
             yield from self.stretches(epoch, low + offset, low + offset + n)
-            start, count = start + n, count - n
+            start += n
+            count -= n
 
     def stretches(self, epoch: int, start: int, stop: int) -> Iterator[Stretch]:
         """[start, stop) of an epoch's stream."""

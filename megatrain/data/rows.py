@@ -7,6 +7,7 @@ target within its own document, nothing is predicted across documents, and to ge
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,19 +39,19 @@ def n_bytes(n_rows: int, seq_len: int) -> int:
     return n_rows * seq_len * sum(np.dtype(dtype).itemsize for dtype in NAMES.values())
 
 
-@dataclass(frozen=True)
-class Written:
+class Written(NamedTuple):
     """A stretch that was put into a row, kept to say later which documents the row holds."""
 
     row: int
     column: int
     stretch: Stretch
-    documents: slice
-    """Places of its documents in the order of the shuffled shard."""
+    first: int
+    """Places [first, last) of its documents in the order of the shuffled shard."""
+    last: int
 
 
 class Rows:
-    """The rows of one batch while they are filled.
+    """The rows of one batch while they are filled, one after the other.
 
     rows = Rows(arrays, end_of_document)
     column = rows.put(row, 0, stretch)     # for each stretch of each row
@@ -60,24 +61,25 @@ class Rows:
     def __init__(self, arrays: Arrays, end_of_document: int):
         self.arrays, self.end_of_document = arrays, end_of_document
         self.n, self.seq_len = arrays["targets"].shape
-        self.begins = np.zeros((self.n, self.seq_len), dtype=bool)
         self.written: list[Written] = []
-        self._entered: list[tuple[int, int, int]] = []
+        self._begins: list[int] = []  # elements, counted through all rows, where a document begins or is entered
+        self._entered: list[tuple[int, int]] = []  # elements where one is entered in the middle, and the id before
+        self._targets = arrays["targets"].reshape(-1)
         arrays["weights"].fill(1)
 
     def put(self, row: int, column: int, stretch: Stretch) -> int:
         """Write the tokens of `stretch` at `column` of `row`; returns the column after them."""
-        shard, start, stop = stretch.shard, stretch.start, stretch.stop
-        among = shard.documents(start, stop)
-        after = column + stop - start
-        self.arrays["targets"][row, column:after] = shard.tokens(among, start, stop)
-        self.begins[row, shard.begin[among.start + 1 : among.stop] + (column - start)] = True
-        self.begins[row, column] = True
-        before = shard.before(among, start)
-        if before is not None:  # it enters a document in the middle
-            self._entered.append((row, column, before))
-        self.written.append(Written(row, column, stretch, among))
-        return after
+        shard, start, stop = stretch
+        first, last = shard.documents(start, stop)
+        element = row * self.seq_len + column
+        shard.copy(self._targets[element : element + stop - start], first, last, start, stop)
+        self._begins.append(element)
+        if last - first > 1:
+            self._begins += (shard.begin[first + 1 : last] + (element - start)).tolist()
+        if shard.begin[first] != start:
+            self._entered.append((element, shard.before(first, start)))
+        self.written.append(Written(row, column, stretch, first, last))
+        return column + stop - start
 
     def finish(self, mask_documents: bool) -> bool:
         """Work out the other arrays from the targets and where documents begin.
@@ -88,23 +90,23 @@ class Rows:
         Returns:
             some row holds more than one document.
         """
-        tokens, targets = self.arrays["tokens"], self.arrays["targets"]
-        tokens[:, 1:] = targets[:, :-1]
-        tokens[self.begins] = self.end_of_document
-        for row, column, before in self._entered:
-            tokens[row, column] = before
+        tokens = self.arrays["tokens"].reshape(-1)
+        begins = np.sort(np.array(self._begins))  # rows may have been filled in any order
+        tokens[1:] = self._targets[:-1]
+        tokens[begins] = self.end_of_document
+        for element, before in self._entered:
+            tokens[element] = before
         positions, documents = self.arrays["positions"], self.arrays["documents"]
-        columns = np.arange(self.seq_len)
         if not mask_documents:
-            positions[:] = columns
+            positions[:] = np.arange(self.seq_len)
             documents.fill(0)
             return False
-        np.multiply(self.begins, columns, out=positions)
-        np.maximum.accumulate(positions, axis=1, out=positions)
-        np.subtract(columns, positions, out=positions)
-        np.cumsum(self.begins, axis=1, out=documents)
-        documents -= 1
-        return bool(self.begins[:, 1:].any())
+        lengths = np.diff(begins, append=self._targets.size)
+        np.subtract(np.arange(self._targets.size), np.repeat(begins, lengths), out=positions.reshape(-1))
+        row = begins // self.seq_len
+        number = np.arange(len(begins)) - row.searchsorted(row)  # how many begin before it in its row
+        documents.reshape(-1)[:] = np.repeat(number.astype(np.int32), lengths)
+        return len(begins) > self.n
 
 
 @dataclass(frozen=True)
@@ -127,12 +129,11 @@ class Piece:
 def pieces(rows: Rows) -> Iterator[Piece]:
     """What the rows hold, row by row, column by column."""
     for written in sorted(rows.written, key=lambda w: (w.row, w.column)):
-        stretch, column = written.stretch, written.column
-        shard, among = stretch.shard, written.documents
-        lengths = shard.lengths(among, stretch.start, stretch.stop).tolist()
-        offset = stretch.start - int(shard.begin[among.start])
-        for number, length in zip(shard.order[among].tolist(), lengths, strict=True):
-            yield Piece(written.row, column, length, offset, shard.shard.document_id(number), str(shard.shard.tar))
+        row, column, (shard, start, stop), first, last = written
+        lengths = shard.lengths(first, last, start, stop).tolist()
+        offset = start - int(shard.begin[first])
+        for number, length in zip(shard.order[first:last].tolist(), lengths, strict=True):
+            yield Piece(row, column, length, offset, shard.shard.document_id(number), str(shard.shard.tar))
             column, offset = column + length, 0
 
 
