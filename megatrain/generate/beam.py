@@ -83,7 +83,7 @@ def search(
     """Complete texts, the best first.
 
     Args:
-        model: has `decode(tokens, cache) -> logits`.
+        model: has `decode(tokens, cache, latest) -> logits`.
         prompt: at least one token.
         max_tokens: a text is complete at this length.
         end: the token that completes a text before that.
@@ -95,7 +95,7 @@ def search(
     open_texts, complete = [Hypothesis((), 0.0, greedy=True)], []
     tokens = torch.tensor([prompt], device=device)
     for length in range(1, max_tokens + 1):
-        log_probabilities = model.decode(tokens, cache)[:, -1].double().log_softmax(-1)
+        log_probabilities = model.decode(tokens, cache, latest=1)[:, -1].double().log_softmax(-1)
         if not log_probabilities.isfinite().all():
             raise not_finite(cache.length)
         going = []

@@ -172,7 +172,7 @@ def _proceed_together(
     unread = slice(0, min(row.n_prompt for row in rows))
     while rows:
         tokens = torch.tensor([row.ids[unread] for row in rows], device=loaded.device)
-        logits = loaded.model.decode(tokens, cache)[:, -1]
+        logits = loaded.model.decode(tokens, cache, latest=1)[:, -1]
         for row, token in zip(rows, _chosen(rows, logits, choosing, cache.length), strict=True):
             if len(row.ids) == cache.length:
                 yield row, row.accept(token)

@@ -234,19 +234,30 @@ class DecoderModel(nn.Module):
             x = block(x, where.within(f"layers.{name}"))
         return self.norm(x)
 
-    def logits(self, tokens: Tensor, where: Where) -> Tensor:
-        """tokens [b, t] -> float32 logits [b, t, n_valid], on one tensor-parallel rank."""
+    def logits(self, tokens: Tensor, where: Where, *, latest: int | None = None) -> Tensor:
+        """tokens [b, t] -> float32 logits [b, t, n_valid], on one tensor-parallel rank.
+
+        Args:
+            latest: only of so many tokens at the end, [b, latest, n_valid]; a prompt's others would fill the memory.
+        """
         if self.tp.size > 1:
             raise ValueError("logits are made on one tensor-parallel rank: load the model with tp=1")
-        return (self.hidden(tokens, where) @ self.head.weight[: self.n_valid].T).float()
+        hidden = self.hidden(tokens, where)
+        if latest is not None:
+            hidden = hidden[:, -latest:]
+        return (hidden @ self.head.weight[: self.n_valid].T).float()
 
-    def decode(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
-        """Logits [b, t, n_valid] of tokens [b, t] that follow what `cache` holds; the cache then holds them too."""
+    def decode(self, tokens: Tensor, cache: KeyValueCache, *, latest: int | None = None) -> Tensor:
+        """Logits [b, t, n_valid] of tokens [b, t] that follow what `cache` holds; the cache then holds them too.
+
+        Args:
+            latest: see `logits`.
+        """
         b, t = tokens.shape
         where = Where.decoding(cache.length, t, b, tokens.device, cache)
         keys = torch.arange(cache.length + t, device=tokens.device)
         where.mask = self.choice.attention.visible(where.positions[:1, :, None], keys[None, None])[:, None]
-        logits = self.logits(tokens, where)
+        logits = self.logits(tokens, where, latest=latest)
         cache.length += t
         return logits
 

@@ -17,7 +17,7 @@ from megatrain.nn.attention.sliding_window import SlidingWindow
 from megatrain.nn.norm.layer_norm import LayerNorm
 from megatrain.nn.position.learned import Learned
 from megatrain.nn.position.none import NoPosition
-from megatrain.nn.where import Where
+from megatrain.nn.where import KeyValueCache, Where
 from tests.generate.toy import SEQ_LEN, SHAPE, loaded, tokenizer
 
 PROMPTS = ["def main(argv):", "", "日本", "z", "def main(argv):", "Zwölf Boxkämpfer jagen"]
@@ -61,6 +61,14 @@ def test_tokens_are_those_of_full_passes(choice, choosing):
     of = loaded(choice)
     for row in continued(of, PROMPTS, choosing):
         assert row.tokens == by_full_passes(of, row.prompt, 8, choosing, row.uniforms)
+
+
+def test_the_logits_of_the_latest_tokens_are_those_of_all_tokens_cut():
+    tokens, caches = torch.tensor([[5, 7, 1, 9], [2, 2, 3, 4]]), [KeyValueCache(5), KeyValueCache(5)]
+    every, latest = (loaded().model.decode(tokens, cache, latest=n) for cache, n in zip(caches, (None, 2), strict=True))
+    torch.testing.assert_close(latest, every[:, -2:])
+    again = [loaded().model.decode(tokens[:, :1], cache, latest=1) for cache in caches]
+    assert torch.equal(*again), "the cache holds all of them"
 
 
 def test_greedy_is_what_transformers_generates_from_the_same_weights():
