@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Continue prompts with a trained model.")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint")
 @click.option("--prompt", "prompts", multiple=True, help="Text to continue; may be given several times.")
 @click.option("--prompt-file", type=click.File(encoding="utf-8"), help="A file with one prompt; - is standard input.")
 @click.option("--max-tokens", default=128, show_default=True, help="Tokens to add, at most.")
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 @click.pass_context
 def command(
     context: click.Context,
-    checkpoint: Path,
+    checkpoint: str,
     prompts: tuple[str, ...],
     prompt_file: TextIO | None,
     as_json: bool,

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 import torch
 from torch import nn
 
-from megatrain.base.device import Device
+from megatrain.base.device import KINDS, Device
 from megatrain.base.errors import CheckpointError, ConfigError, DataError, did_you_mean
-from megatrain.base.files import sha256_of
-from megatrain.checkpoint.checkpoints import differences
-from megatrain.checkpoint.read import Commit, find
+from megatrain.checkpoint.compare import differences
+from megatrain.checkpoint.manifest import digest_of
+from megatrain.checkpoint.read import Commit, find, open_storage
 from megatrain.config.build import build
 from megatrain.config.source import Node
 from megatrain.data.shards import TOKENIZER
@@ -47,7 +47,8 @@ def load(checkpoint: str | Path, *, device: str = "auto", dtype: str = "auto") -
     """The model of a checkpoint, with its tokenizer.
 
     Args:
-        checkpoint: a checkpoint's folder (step-00000100), or a run's folder, whose newest checkpoint is taken.
+        checkpoint: a checkpoint's folder (step-00000100), or a run's folder, whose newest checkpoint is taken; a path,
+            or the URL of an object store.
         device: cpu, cuda, or auto: a card where there is one.
         dtype: what the weights are kept and multiplied in: fp32, bf16, or auto: what the run computed in on a card, and
             fp32 on a CPU.
@@ -61,7 +62,7 @@ def load(checkpoint: str | Path, *, device: str = "auto", dtype: str = "auto") -
     config = _config(commit)
     part, _ = build(_ModelPart, _node({"model": config["model"]}, _where(commit)))
     tokenizer = _tokenizer(commit, config)
-    placed = Device.of(device)
+    placed = _device(device)
     model = part.model.build(n_valid=tokenizer.vocab_size, seq_len=config["data"]["seq_len"])
     _fill(model.to(_dtype(dtype, placed, config)), commit)
     model.requires_grad_(False).eval().to(placed.torch)
@@ -95,6 +96,14 @@ def _node(value: Any, origin: str) -> Node:
     return Node(value, origin)
 
 
+def _device(wanted: str) -> Device:
+    if wanted not in KINDS:
+        raise ConfigError(f"device={wanted}: {did_you_mean(wanted, KINDS)}")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda and this machine has no card that torch can use: take cpu, or auto")
+    return Device.of(wanted)
+
+
 def _dtype(wanted: str, device: Device, config: dict[str, Any]) -> torch.dtype:
     if wanted == "auto":
         wanted = config.get("precision", {}).get("compute", "fp32") if device.kind == "cuda" else "fp32"
@@ -107,19 +116,23 @@ def _tokenizer(commit: Commit, config: dict[str, Any]) -> Tokenizer:
     """The run's tokenizer: kept with the checkpoint or the run, so that they can be moved; else the one of its data."""
     told = commit.manifest.facts.get("tokenizer")
     entry = told if isinstance(told, dict) else {"fingerprint": told}
-    step_folder = Path(_where(commit))
-    data_folders = [Path(source["path"]) for source in config["data"].get("sources") or []]
-    folders = [step_folder, *step_folder.parents[:2], *data_folders]
-    found = [path for folder in folders if (path := folder / TOKENIZER).is_file()]
-    for path in found:
-        if sha256_of(path) == entry["fingerprint"]:
-            return Tokenizer.open(path, entry.get("end_of_document"))
-    remedy = f"put the {TOKENIZER} of its data set (sha256 {entry['fingerprint']}) into {step_folder}"
+    step = _where(commit)
+    if "://" not in step:
+        step = str(Path(step).absolute())
+    data = [source["path"] for source in config["data"].get("sources") or []]
+    places = [step, *(step.rsplit("/", n)[0] for n in (1, 2)), *data]  # checkpoints lie in RUN/checkpoints/step-...
+    found = []
+    for place in places:
+        storage = open_storage(place)
+        if (size := storage.size(TOKENIZER)) is not None:
+            content = bytes(storage.read(TOKENIZER, 0, size))
+            if digest_of(content) == entry["fingerprint"]:
+                return Tokenizer.parse(content, f"{place}/{TOKENIZER}", entry.get("end_of_document"))
+            found.append(f"{place}/{TOKENIZER}")
+    remedy = f"put the {TOKENIZER} of its data set (sha256 {entry['fingerprint']}) into {step}"
     if found:
-        raise DataError(f"{found[0]} is not the tokenizer that {step_folder} was trained with: {remedy}")
-    raise DataError(
-        f"the tokenizer of {step_folder} is in none of {', '.join(map(str, dict.fromkeys(folders)))}: {remedy}"
-    )
+        raise DataError(f"{found[0]} is not the tokenizer that {step} was trained with: {remedy}")
+    raise DataError(f"the tokenizer of {step} is in none of {', '.join(places)}: {remedy}")
 
 
 def _fill(model: nn.Module, commit: Commit) -> None:

@@ -70,6 +70,31 @@ def test_a_moved_run_or_checkpoint_is_loaded_where_its_tokenizer_is(step, tmp_pa
     assert load(alone).step == 3
 
 
+def test_a_step_is_found_from_within_its_folder(step, monkeypatch):
+    monkeypatch.chdir(step.parent)
+    assert load(step.name).step == 3
+    monkeypatch.chdir(step)
+    assert load(".").step == 3
+
+
+def test_a_run_in_an_object_store_is_loaded_from_its_url(step):
+    fsspec = pytest.importorskip("fsspec")
+    store = fsspec.filesystem("memory")
+    store.put(str(step.parent.parent), "/test_load/run", recursive=True)
+    try:
+        found = load("memory://test_load/run")
+        assert (found.step, found.tokenizer) == (3, tokenizer())
+        assert load(f"memory://test_load/run/checkpoints/{step.name}").step == 3
+    finally:
+        store.rm("/test_load", recursive=True)
+
+
+def test_an_unusual_end_of_document_is_taken_from_the_facts(step):
+    told = {"fingerprint": tokenizer().fingerprint, "end_of_document": 5, "vocab_size": tokenizer().vocab_size}
+    rewrite_facts(step, lambda facts: facts.update(tokenizer=told))
+    assert load(step).tokenizer.end_of_document == 5
+
+
 def test_the_tokenizer_of_the_data_serves_where_the_run_has_none(step, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
@@ -89,6 +114,14 @@ def test_weights_are_cast_where_asked(step):
     assert {p.dtype for p in load(step, device="cpu").model.parameters()} == {torch.float32}
     with pytest.raises(ConfigError, match="dtype=bf61: did you mean bf16"):
         load(step, dtype="bf61")
+
+
+def test_a_device_that_is_not_there_or_not_known_is_refused(step, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="device=cuda and this machine has no card"):
+        load(step, device="cuda")
+    with pytest.raises(ConfigError, match="device=cpx: did you mean cpu"):
+        load(step, device="cpx")
 
 
 def test_bf16_weights_give_nearly_the_same_logits(step):
