@@ -1,0 +1,1 @@
+"""A run's files -> one page that needs nothing else: curves, events, facts."""
