@@ -23,6 +23,26 @@ if TYPE_CHECKING:
 def command() -> None: ...
 
 
+_READING = ("text_field", "id_field", "separator")
+
+
+def input_options(function: Any) -> Any:
+    """The arguments of commands that read a corpus."""
+    for add in reversed(
+        (
+            click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path)),
+            click.option("--include", multiple=True, metavar="GLOB", help='Only such files of folders, e.g. "*.py".'),
+            click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out such files or folders."),
+            click.option("--text-field", default="text", show_default=True, help="Key of the text in JSON or parquet."),
+            click.option("--id-field", help="Key of the documents' ids there.  [default: known by FILE:LINE]"),
+            click.option("--separator", help='What stands between documents in .txt, e.g. "<|endoftext|>".'),
+            click.option("--workers", type=int, help="Processes; the result is the same for any.  [default: cores]"),
+        )
+    ):
+        function = add(function)
+    return function
+
+
 @command.command(
     "build",
     help="""Make a data set of token shards from text files, JSON lines, parquet, Megatron-LM's .bin and .idx, and
@@ -34,35 +54,26 @@ def command() -> None: ...
       megatrain data build corpus/ --include "*.py" --out data/python --vocab-size 4096
     """,
 )
-@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@input_options
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the data set; must be new.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json; without one, it is trained.")
 @click.option("--end-of-document", help="The tokenizer's token that ends a document, if it has an unusual name.")
 @click.option("--vocab-size", default=32_768, show_default=True, help="Of the tokenizer to train.")
 @click.option("--held-out", default=0.01, show_default=True, help="Share of the documents never trained on.")
-@click.option("--include", multiple=True, metavar="GLOB", help='Only these files of folders, e.g. "*.py"; repeatable.')
-@click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out these files or folders; repeatable.")
-@click.option("--text-field", default="text", show_default=True, help="Key of the text in JSON lines and parquet.")
-@click.option("--id-field", help="Key of the documents' ids there.  [default: they are known by FILE:LINE]")
-@click.option("--separator", help='What stands between documents in .txt files, e.g. "<|endoftext|>".')
 @click.option("--shard-tokens", default="64M", show_default=True, help="Tokens of a shard.")
 @click.option("--dtype", default="auto", show_default=True, type=click.Choice(["auto", "uint16", "uint32"]))
-@click.option("--workers", type=int, help="Processes that encode; the result does not depend on it. [default: cores]")
 def build_command(**options: Any) -> None:
-    from rich.console import Console
-
     from megatrain.base.errors import ConfigError, PreemptedError
     from megatrain.base.units import count
     from megatrain.data.build import BuildOptions, build
 
-    reading = {name: options.pop(name) for name in ("text_field", "id_field", "separator")}
+    reading = {name: options.pop(name) for name in _READING}
     try:
         options["shard_tokens"] = count(options["shard_tokens"], "tokens")
     except ValueError as error:
         raise ConfigError(f"--shard-tokens: {error}") from error
     options["workers"] = options["workers"] or len(os.sched_getaffinity(0))
-    console = Console(stderr=True)
-    bar = _Bar(console)
+    bar = _Bar()
     try:
         with bar.progress:
             built = build(BuildOptions(**options, reading=reading), bar)
@@ -72,9 +83,10 @@ def build_command(**options: Any) -> None:
 
 
 class _Bar:
-    """Shows a build's stages, each with its rate and the time left."""
+    """Shows the stages of long work, each with its rate and the time left."""
 
-    def __init__(self, console: Any):
+    def __init__(self) -> None:
+        from rich.console import Console
         from rich.progress import (
             BarColumn,
             DownloadColumn,
@@ -84,6 +96,7 @@ class _Bar:
             TransferSpeedColumn,
         )
 
+        console = Console(stderr=True)
         self.progress: Progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -133,6 +146,41 @@ def _report(built: Any, out: Path) -> None:
         )
     if not manifest.splits["held_out"].documents and manifest.provenance.get("held_out"):
         click.echo("nothing is held out: the input is a single document (or the same one again)")
+
+
+@command.command(
+    "clean",
+    help="""Leave out documents that are no good to train on: copies and near copies of others, passages of evaluation
+    sets, and what breaks rules of quality. Each is recorded with its reason in DIR/dropped.jsonl; the documents that
+    are kept are written to DIR/kept-00000.jsonl.zst ..., for `megatrain data build`.
+
+    \b
+    Rules of quality: gopher_quality, gopher_repetition, c4; "kind:limit=value" sets a limit.
+
+    \b
+    Example:
+      megatrain data clean pages.jsonl.zst --out cleaned --rule gopher_quality:min_words=20 --against eval/
+      megatrain data build cleaned --include "kept-*" --id-field id --out data/pages
+    """,
+)
+@input_options
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the result; must be new.")
+@click.option("--rule", "rules", multiple=True, metavar="KIND[:LIMIT=VALUE,...]", help="A rule of quality; repeatable.")
+@click.option("--against", multiple=True, type=click.Path(path_type=Path), help="Evaluation sets; repeatable.")
+@click.option("--ngram", default=13, show_default=True, help="Words in a row that may not be shared with those.")
+@click.option("--shortest", default=6, show_default=True, help="Words of their shortest sentence that is looked for.")
+@click.option("--near", default=0.8, show_default=True, help="Least resemblance of near copies; 0 for exact ones only.")
+def clean_command(**options: Any) -> None:
+    from megatrain.data.clean import CleanOptions, clean
+
+    reading = {name: options.pop(name) for name in _READING}
+    options["workers"] = options["workers"] or len(os.sched_getaffinity(0))
+    bar = _Bar()
+    with bar.progress:
+        cleaned = clean(CleanOptions(**options, reading=reading), bar)
+    click.echo(f"kept: {cleaned.kept:,} documents, in {options['out']}")
+    for reason, n in cleaned.dropped.most_common():
+        click.echo(f"left out: {n:,} documents: {reason}")
 
 
 @command.command(

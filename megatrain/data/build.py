@@ -131,7 +131,7 @@ class _Build:
         tokenizer = self._tokenizer(limit)
         dtype = self._dtype(tokenizer)
         resumed = len(self.journal.done)
-        tally = self._write_shards(limit, dtype)
+        tally = self._write_shards(tokenizer, limit, dtype)
         splits = {name: Split(self.journal.shards(name)) for name in (TRAIN, HELD_OUT)}
         if not splits[TRAIN].documents:
             refused = ", ".join(f"{n} {reason}" for reason, n in tally.refused.items()) or "none was refused"
@@ -224,7 +224,7 @@ class _Build:
 
     # -------------------------------------------------------------------------------------------- the shards
 
-    def _write_shards(self, limit: float, dtype: str) -> Tally:
+    def _write_shards(self, tokenizer: Tokenizer, limit: float, dtype: str) -> Tally:
         """Encode what is not on disk yet and write it. Returns what was refused."""
         starts = [self.journal.next_chunk(split) for split in (TRAIN, HELD_OUT)]
         start = min(starts)
@@ -233,9 +233,9 @@ class _Build:
         chunks = self._chunks()
         for chunk in islice(chunks, start):
             self.watcher.advance(chunk.size, 0)
-        path, end = self.folder / TOKENIZER, self.options.end_of_document
+        known = self.folder / TOKENIZER, tokenizer.fingerprint, tokenizer.end_of_document
         jobs = (
-            EncodeJob(chunk, path, end, limit, wants=(number >= starts[0], number >= starts[1]))
+            EncodeJob(chunk, *known, limit, wants=(number >= starts[0], number >= starts[1]))
             for number, chunk in enumerate(chunks, start)
         )
         train, held_out = (_SplitWriter(self.journal, s, dtype, self.options.shard_tokens) for s in (TRAIN, HELD_OUT))

@@ -30,7 +30,9 @@ class EncodeJob:
 
     chunk: Chunk
     tokenizer: Path
-    end_of_document: str | None
+    fingerprint: str
+    """Of the tokenizer, so that a process that knew another one under this path does not take that."""
+    end_of_document: int
     held_out: float
     """Documents whose hash is below this are held out; in [0, 1]."""
     wants: tuple[bool, bool] = (True, True)
@@ -63,7 +65,7 @@ def hash_fraction(document: Document) -> float:
 
 def encode(job: EncodeJob) -> EncodedChunk:
     """Make the documents of a chunk and encode them."""
-    tokenizer = _open(job.tokenizer, job.end_of_document)
+    tokenizer = _open(job.tokenizer, job.fingerprint, job.end_of_document)
     kept: list[tuple[Document, bool]] = []
     refused: list[Refused] = []
     for found in job.chunk.documents():
@@ -99,7 +101,7 @@ def _checked(document: Document, tokenizer: Tokenizer) -> tuple[NDArray[np.uint3
 
 
 @cache
-def _open(path: Path, end_of_document: str | None) -> Tokenizer:
+def _open(path: Path, fingerprint: str, end_of_document: int) -> Tokenizer:
     return Tokenizer.open(path, end_of_document)
 
 

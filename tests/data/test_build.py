@@ -290,6 +290,14 @@ def test_nothing_but_refused_files_is_an_error_with_the_reasons(tmp_path):
         build(options(tmp_path, tmp_path / "out" / "data"))
 
 
+def test_another_tokenizer_in_the_same_place_is_read_anew(corpus, tmp_path):
+    for vocab_size in (320, 280):
+        with pytest.raises(_Stop):
+            build(options(corpus, tmp_path / "data", vocab_size=vocab_size), StopAfter(3))
+    build(options(corpus, tmp_path / "data", vocab_size=280))
+    assert documents_of(tmp_path / "data", "train")["a.jsonl:1"] == document(0)
+
+
 def test_all_problems_of_the_options_are_shown_at_once(tmp_path):
     with pytest.raises(ConfigError) as caught:
         build(BuildOptions((), tmp_path, held_out=1.0, shard_tokens=0, workers=0, dtype="int8"))

@@ -1,0 +1,1 @@
+"""Rules of quality, one set a file. See `megatrain.data.quality.Rule`."""
