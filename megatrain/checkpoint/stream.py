@@ -4,7 +4,7 @@ Memory holds one file's tensors at a time, twice.
 """
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,12 @@ def write_checkpoint(
     state: Any,
     facts: dict[str, Any],
     file_bytes: int = FILE_BYTES,
+    beside: Mapping[str, bytes] | None = None,
 ) -> Commit:
     """Write `tensors` as the checkpoint `folder`, which appears when it is whole.
+
+    Args:
+        beside: other files of the folder, by name: a tokenizer.
 
     Raises:
         CheckpointError: the folder exists, or there is no room.
@@ -60,6 +64,8 @@ def write_checkpoint(
             batch.clear()
             n = sum(len(report["files"]) for report in reports)
             reports.append(write_files(copy, storage, staging, 0, 2 * file_bytes, lambda point: None, n).plain())
+        for name, content in (beside or {}).items():
+            storage.write(f"{staging}/{name}", [content])
         text = encode(step, state, facts | {"origin": origin(1)}, *assemble(reports))
         decode(text, f"the manifest of {folder}")
         storage.write(f"{staging}/{MANIFEST}", [text])

@@ -1,0 +1,67 @@
+"""`megatrain convert ...`: models from and to other projects' formats."""
+
+from typing import Any
+
+import click
+
+
+@click.group(short_help="Translate a model from or to Hugging Face, proven by its logits.")
+def command() -> None:
+    """Models from and to other formats. Every conversion ends with both sides' logits on the same tokens.
+
+    \b
+    megatrain convert from-hf ~/models/Qwen3-0.6B --out qwen3
+    megatrain train run.yaml checkpoint.init_from=qwen3
+    megatrain convert to-hf runs/tiny --out tiny-hf
+    """
+
+
+check = click.option(
+    "--check/--no-check", default=True, help="Compare logits (needs transformers, and memory for both)."
+)
+
+
+@command.command("from-hf", short_help="A Hugging Face folder to a checkpoint.")
+@click.argument("folder")
+@click.option("--out", required=True, type=click.Path(), help="The new checkpoint's folder.")
+@check
+def from_hf(folder: str, out: str, check: bool) -> None:
+    """Make a checkpoint of the Hugging Face model in FOLDER, for generate, evaluate and checkpoint.init_from.
+
+    \b
+    megatrain convert from-hf ~/models/Llama-3.2-1B --out llama
+    """
+    from megatrain.convert.hugging_face import from_hugging_face
+
+    _say(from_hugging_face(folder, out, check=check))
+
+
+@command.command("to-hf", short_help="A checkpoint to a Hugging Face folder.")
+@click.argument("checkpoint")
+@click.option("--out", required=True, type=click.Path(), help="The new model's folder.")
+@click.option("--family", help="llama, mistral, ...: by default the first that the model can be.")
+@click.option("--dtype", help="fp32, bf16 or fp16: by default as the weights are kept.")
+@click.option("--shard", default="4GiB", show_default=True, help="About the largest file.")
+@check
+def to_hf(checkpoint: str, out: str, family: str | None, dtype: str | None, shard: str, check: bool) -> None:
+    """Write CHECKPOINT (a step's or a run's folder) as a model that transformers loads.
+
+    \b
+    megatrain convert to-hf runs/tiny --out tiny-hf --dtype bf16
+    """
+    from megatrain.base.errors import ConfigError
+    from megatrain.base.units import n_bytes
+    from megatrain.convert.hugging_face import to_hugging_face
+
+    try:
+        shard_bytes = n_bytes(shard)
+    except ValueError as error:
+        raise ConfigError(f"--shard={shard} is wrong: {error}") from None
+    _say(to_hugging_face(checkpoint, out, family=family, dtype=dtype, shard_bytes=shard_bytes, check=check))
+
+
+def _say(report: Any) -> None:
+    import json
+    from dataclasses import asdict
+
+    click.echo(json.dumps(asdict(report), indent=1))

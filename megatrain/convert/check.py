@@ -1,0 +1,83 @@
+"""The proof of a conversion: both sides' logits on the same tokens."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatrain.base.errors import CheckpointError
+from megatrain.base.optional import optional
+from megatrain.base.random import generator
+from megatrain.checkpoint.model import build_model, config_of
+from megatrain.checkpoint.read import Commit
+from megatrain.nn.where import Where
+
+TOLERANCE = 1e-5
+"""Largest difference of two logits, over the largest logit if that is above 1: float32's own over a deep model."""
+
+PROMPT = (2, 64)
+"""Rows and tokens of the prompts."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was compared, and how far apart the two sides are."""
+
+    family: str
+    source: str
+    target: str
+    tokens: int
+    largest_difference: float | None
+    largest_logit: float | None
+    tolerance: float
+    not_checked: str = ""
+    """Why the logits were not compared."""
+
+    @property
+    def passed(self) -> bool:
+        if self.largest_difference is None or self.largest_logit is None:
+            return False
+        return self.largest_difference <= self.tolerance * max(1.0, self.largest_logit)
+
+
+def prompts(vocab_size: int, seq_len: int) -> Tensor:
+    """Token ids [rows, tokens], the same for every model of this vocabulary."""
+    shape = (PROMPT[0], min(PROMPT[1], seq_len))
+    return torch.randint(vocab_size, shape, generator=generator(0, "conversion check", vocab_size))
+
+
+def logits(model: Any, tokens: Tensor) -> Tensor:
+    """Our float32 logits [rows, tokens, v]."""
+    rows, length = tokens.shape
+    positions = torch.arange(length).expand(rows, -1)
+    return model.logits(tokens, Where(positions, torch.zeros_like(positions, dtype=torch.int32)))
+
+
+@torch.no_grad()
+def compare(commit: Commit, folder: Path, family: str, source: str, target: str, dtype: torch.dtype | None) -> Report:
+    """Our checkpoint against the Hugging Face model in `folder`, both computed in float32.
+
+    Args:
+        dtype: what weights were rounded to on the way; ours are rounded alike. None: they were kept.
+
+    Raises:
+        CheckpointError: transformers is not installed.
+    """
+    transformers = optional("transformers")
+    if not transformers:
+        raise CheckpointError(
+            f"the conversion cannot be checked, transformers is not usable here ({transformers.why_not}): "
+            "install it, or convert with --no-check"
+        )
+    ours = build_model(commit, dtype=dtype or torch.float32).float()
+    tokens = prompts(ours.n_valid, config_of(commit)["data"]["seq_len"])
+    a = logits(ours, tokens)
+    del ours
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True
+    ).eval()
+    b = theirs(tokens).logits.float()
+    largest = float((a - b).abs().max())
+    return Report(family, source, target, tokens.numel(), largest, float(b.abs().max()), TOLERANCE)

@@ -1,0 +1,126 @@
+"""Llama (Touvron et al. 2023, arXiv:2302.13971; Grattafiori et al. 2024, arXiv:2407.21783), and its kin."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from megatrain.convert.families import FAMILY
+from megatrain.convert.table import Row, Theirs
+
+LAYER = "model.layers.{i}"
+OURS = "layers.{i}"
+
+ROWS = (
+    Row.of("embedding.weight", "model.embed_tokens.weight"),
+    Row.of("norm.weight", "model.norm.weight"),
+    Row.of(f"{OURS}.attention_norm.weight", f"{LAYER}.input_layernorm.weight"),
+    Row.of(f"{OURS}.feed_forward_norm.weight", f"{LAYER}.post_attention_layernorm.weight"),
+    Row.of(f"{OURS}.attention.to_out.weight", f"{LAYER}.self_attn.o_proj.weight"),
+    Row.of(f"{OURS}.feed_forward.down.weight", f"{LAYER}.mlp.down_proj.weight"),
+)
+
+
+def fused(kind: str) -> tuple[Row, Row]:
+    """The fused products, their weights or their biases."""
+    q, k, v = (f"{LAYER}.self_attn.{x}_proj.{kind}" for x in "qkv")
+    gate, up = (f"{LAYER}.mlp.{x}_proj.{kind}" for x in ("gate", "up"))
+    return (
+        Row.of(f"{OURS}.attention.to_qkv.{kind}", q, k, v, widths=("q", "kv", "kv")),
+        Row.of(f"{OURS}.feed_forward.gate_up.{kind}", gate, up, widths=("ff", "ff")),
+    )
+
+
+@FAMILY.register("llama")
+@dataclass(frozen=True)
+class Llama:
+    architecture: ClassVar[str] = "LlamaForCausalLM"
+    untied: ClassVar[str] = "lm_head.weight"
+    prefix: ClassVar[str] = "model."
+    left_out: ClassVar[tuple[str, ...]] = ("*.rotary_emb.inv_freq",)
+    """Tensors that old files hold and that are no weights."""
+
+    def rows(self, model: Any) -> list[Row]:
+        (qkv, gate_up), (qkv_bias, gate_up_bias) = fused("weight"), fused("bias")
+        rows = [*ROWS, qkv, gate_up]
+        if model.attention.bias:
+            rows.append(qkv_bias)
+        if model.feed_forward.bias:
+            rows += [
+                gate_up_bias,
+                Row.of(f"{OURS}.attention.to_out.bias", f"{LAYER}.self_attn.o_proj.bias"),
+                Row.of(f"{OURS}.feed_forward.down.bias", f"{LAYER}.mlp.down_proj.bias"),
+            ]
+        if model.attention.qk_norm:
+            rows += [Row.of(f"{OURS}.attention.{x}_norm.weight", f"{LAYER}.self_attn.{x}_norm.weight") for x in "qk"]
+        return rows
+
+    # ------------------------------------------------------------------------------- from theirs
+
+    def model(self, theirs: Theirs) -> dict[str, Any]:
+        """Our `model` section."""
+        theirs.must("hidden_act", ["silu"], "our gated feed-forward has SiLU")
+        n_heads = theirs.need("num_attention_heads")
+        return {
+            "kind": "decoder",
+            "vocab_size": theirs.need("vocab_size"),
+            "d_model": theirs.need("hidden_size"),
+            "n_layers": theirs.need("num_hidden_layers"),
+            "n_heads": n_heads,
+            "n_kv_heads": theirs.get("num_key_value_heads", n_heads),
+            "head_dim": theirs.get("head_dim"),
+            "d_ff": theirs.need("intermediate_size"),
+            "tie_embeddings": theirs.get("tie_word_embeddings", False),
+            "norm": {"kind": "rms_norm", "eps": theirs.get("rms_norm_eps", 1e-6)},
+            "position": theirs.rope(),
+            "attention": self.attention(theirs),
+            "feed_forward": {"kind": "swiglu", "bias": theirs.get("mlp_bias", False)},
+        }
+
+    def attention(self, theirs: Theirs) -> dict[str, Any]:
+        bias = theirs.get("attention_bias", False)
+        if bias != theirs.get("mlp_bias", False):
+            theirs.problems.append("attention_bias and mlp_bias differ: our output projections have a bias together")
+        return {"kind": "causal", "bias": bias}
+
+    # ------------------------------------------------------------------------------- to theirs
+
+    def unsupported_reasons(self, model: Any) -> list[str]:
+        """Why our `model` cannot be one of this family."""
+        found = [*self.shape_reasons(model)]
+        if model.attention.kind != "causal":
+            found.append(f"attention is {model.attention.kind}, theirs is causal")
+        if model.attention.qk_norm:
+            found.append("queries and keys are normalised, theirs are not")
+        if model.attention.bias != model.feed_forward.bias:
+            found.append("only one of attention and feed_forward has biases, theirs have them together")
+        return found
+
+    def shape_reasons(self, model: Any) -> list[str]:
+        """What the whole kin of Llama has in common."""
+        wanted = {"norm": "rms_norm", "position": "rotary", "feed_forward": "swiglu"}
+        found = [
+            f"{part} is {getattr(model, part).kind}, theirs is {kind}"
+            for part, kind in wanted.items()
+            if getattr(model, part).kind != kind
+        ]
+        if model.norm.placement != "pre":
+            found.append("norms stand behind the residual sum, theirs stand before each sublayer")
+        return found
+
+    def config(self, model: Any) -> dict[str, Any]:
+        """Their keys; the sizes that every family shares are added by the caller."""
+        return shared_config(model) | {"attention_bias": model.attention.bias, "mlp_bias": model.feed_forward.bias}
+
+
+def shared_config(model: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": model.d_model,
+        "intermediate_size": model.d_ff,
+        "num_hidden_layers": model.n_layers,
+        "num_attention_heads": model.n_heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.width_of_head,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm.eps,
+        "rope_theta": model.position.theta,
+        "initializer_range": model.init_std,
+    }

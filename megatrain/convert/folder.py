@@ -1,0 +1,118 @@
+"""A Hugging Face model's folder, read without executing anything: config, safetensors, tokenizer files."""
+
+import json
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatrain.base.errors import CheckpointError
+from megatrain.checkpoint.storage import LocalStorage
+from megatrain.checkpoint.tensorfile import Entry, decode_header, header_length
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+MAX_JSON_BYTES = 32 * 2**20
+
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+"""Kept with a converted model as they are, so that the way back gives them again."""
+
+
+def read_bounded_json(path: Path) -> Any:
+    """
+    Raises:
+        CheckpointError: there is no such file, it is too large, or it is not JSON.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes: at most {MAX_JSON_BYTES} are read")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: give the folder of a Hugging Face model") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error or 'nested too deep'}") from None
+
+
+class Folder:
+    """Tensors by their names in the format; mapped, so that only what is used is read.
+
+    Raises:
+        CheckpointError: anything is missing or damaged, or the weights are pickled.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config: dict[str, Any] = read_bounded_json(self.path / CONFIG)
+        if not isinstance(self.config, dict) or not isinstance(self.config.get("model_type"), str):
+            raise CheckpointError(f"{self.path / CONFIG} names no model_type: give the folder of a Hugging Face model")
+        self._storage = LocalStorage(self.path)
+        self._tensors: dict[str, tuple[str, int, Entry]] = {}
+        for file in self._files():
+            self._add(file)
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._tensors)
+
+    def rename(self, prefix: str, untied: str) -> None:
+        """Give names the prefix that they lack in files of the bare model (without its head)."""
+        if not any(name.startswith(prefix) for name in self._tensors):
+            self._tensors = {name if name == untied else prefix + name: t for name, t in self._tensors.items()}
+
+    def unused(self, used: set[str], left_out: tuple[str, ...]) -> list[str]:
+        return [
+            name
+            for name in self.names
+            if name not in used and not any(fnmatchcase(name, pattern) for pattern in left_out)
+        ]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def read(self, name: str) -> Tensor:
+        file, start, entry = self._tensors[name]
+        if entry.begin == entry.end:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        data = self._storage.read(file, start + entry.begin, start + entry.end)
+        return torch.frombuffer(data, dtype=entry.dtype).view(entry.shape)
+
+    def side_files(self) -> dict[str, bytes]:
+        return {name: (self.path / name).read_bytes() for name in SIDE_FILES if (self.path / name).is_file()}
+
+    def _files(self) -> list[str]:
+        if (self.path / INDEX).exists():
+            index = read_bounded_json(self.path / INDEX)
+            files = sorted(set(index.get("weight_map", {}).values())) if isinstance(index, dict) else []
+            for file in files:
+                if not isinstance(file, str) or "/" in file or not file.endswith(".safetensors"):
+                    raise CheckpointError(
+                        f"{self.path / INDEX} names {file!r}, which is no safetensors file of this folder"
+                    )
+            return files
+        if (self.path / SINGLE).exists():
+            return [SINGLE]
+        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in self.path.glob(pattern))
+        if pickled:
+            raise CheckpointError(
+                f"{self.path} holds its weights pickled ({pickled[0]}), which can execute code when read: "
+                "save it as safetensors first (save_pretrained does)"
+            )
+        raise CheckpointError(f"{self.path} has neither {INDEX} nor {SINGLE}: give the folder of a Hugging Face model")
+
+    def _add(self, file: str) -> None:
+        where, size = str(self.path / file), self._storage.size(file)
+        if size is None:
+            raise CheckpointError(f"{where} is missing: the index names it")
+        length = header_length(bytes(self._storage.read(file, 0, 8)), size, where)
+        entries, _ = decode_header(bytes(self._storage.read(file, 8, 8 + length)), size - 8 - length, where)
+        for name, entry in entries.items():
+            if name in self._tensors:
+                raise CheckpointError(f"{where} holds {name}, and so does {self._tensors[name][0]}")
+            self._tensors[name] = (file, 8 + length, entry)

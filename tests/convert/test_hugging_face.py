@@ -1,0 +1,246 @@
+"""Each family there and back with the same bits, and the same logits as transformers computes."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from megatrain.base.errors import CheckpointError, ConfigError
+from megatrain.checkpoint.read import find
+from megatrain.checkpoint.stream import write_checkpoint
+from megatrain.convert import hugging_face
+from megatrain.convert.families import FAMILY
+from megatrain.convert.families.llama import Llama
+from megatrain.convert.folder import Folder
+from megatrain.convert.hugging_face import from_hugging_face, to_hugging_face
+from megatrain.convert.table import Row
+
+SMALL = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "max_position_embeddings": 96,
+}  # fmt: skip
+GROUPED = {"num_key_value_heads": 2}
+GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 96}
+NEOX = SMALL | {
+    "use_parallel_residual": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
+}
+
+CASES = {
+    "llama": ("llama", SMALL),
+    "llama grouped and tied": ("llama", SMALL | GROUPED | {"tie_word_embeddings": True}),
+    "llama with biases": ("llama", SMALL | GROUPED | {"attention_bias": True, "mlp_bias": True}),
+    "llama with wide heads": ("llama", SMALL | GROUPED | {"head_dim": 16}),
+    "llama with another base": (
+        "llama", SMALL | {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}, "rms_norm_eps": 1e-5},
+    ),
+    "mistral in a window": ("mistral", SMALL | GROUPED | {"sliding_window": 7}),
+    "mistral without": ("mistral", SMALL | GROUPED | {"sliding_window": None}),
+    "qwen2": ("qwen2", SMALL | GROUPED),
+    "qwen2 tied": ("qwen2", SMALL | GROUPED | {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", SMALL | GROUPED | {"head_dim": 16}),
+    "gpt2": ("gpt2", GPT2),
+    "gpt2 with exact GELU": ("gpt2", GPT2 | {"activation_function": "gelu", "n_inner": 40}),
+    "gpt_neox": ("gpt_neox", NEOX),
+    "gpt_neox tied": ("gpt_neox", NEOX | {"tie_word_embeddings": True}),
+}  # fmt: skip
+
+
+def make(folder, kind: str, options: dict, dtype=torch.float32, shard: str = "5GB") -> torch.nn.Module:
+    """A model of theirs with random values everywhere: biases and norms too, which start at 0 and 1."""
+    config = transformers.AutoConfig.for_model(kind, **options)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    return model
+
+
+def tensors(folder) -> dict[str, torch.Tensor]:
+    return {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_there_and_back_with_the_same_bits_and_logits(case, tmp_path):
+    kind, options = CASES[case]
+    make(tmp_path / "theirs", kind, options)
+    report = from_hugging_face(tmp_path / "theirs", tmp_path / "ours")
+    assert report.passed
+    assert report.largest_logit > 0.5
+    assert report.largest_difference < 1e-5 * max(1, report.largest_logit)
+    assert to_hugging_face(tmp_path / "ours", tmp_path / "again").passed
+    before, after = tensors(tmp_path / "theirs"), tensors(tmp_path / "again")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(x, after[name]) for name, x in before.items())
+    said = json.loads((tmp_path / "again" / "conversion.json").read_text())
+    assert (said["family"], said["passed"]) == (kind, True)
+
+
+def test_every_family_has_a_case():
+    assert {kind for kind, _ in CASES.values()} == set(FAMILY.kinds())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_many_files_keep_their_bits(dtype, tmp_path):
+    make(tmp_path / "theirs", "llama", SMALL | GROUPED, dtype, shard="20KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 2
+    from_hugging_face(tmp_path / "theirs", tmp_path / "ours")
+    to_hugging_face(tmp_path / "ours", tmp_path / "again", shard_bytes=20_000)
+    assert len(list((tmp_path / "again").glob("model-*-of-*.safetensors"))) > 2
+    before, after = tensors(tmp_path / "theirs"), tensors(tmp_path / "again")
+    assert all(x.dtype == after[name].dtype and torch.equal(x, after[name]) for name, x in before.items())
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_a_dtype_that_is_asked_for_rounds_once_and_is_checked(tmp_path):
+    make(tmp_path / "theirs", "llama", SMALL)
+    from_hugging_face(tmp_path / "theirs", tmp_path / "ours")
+    assert to_hugging_face(tmp_path / "ours", tmp_path / "half", dtype="bf16").passed
+    before, after = tensors(tmp_path / "theirs"), tensors(tmp_path / "half")
+    assert all(torch.equal(x.bfloat16(), after[name]) for name, x in before.items())
+    with pytest.raises(ConfigError, match="did you mean bf16"):
+        to_hugging_face(tmp_path / "ours", tmp_path / "other", dtype="bf15")
+
+
+def test_the_model_of_a_file_without_prefix_is_the_same(tmp_path):
+    """Bare models (without a head) are published without the first part of each name."""
+    make(tmp_path / "theirs", "gpt2", GPT2)
+    from_hugging_face(tmp_path / "theirs", tmp_path / "ours")
+    held = tensors(tmp_path / "theirs")
+    save_file(
+        {name.removeprefix("transformer."): x for name, x in held.items()} | {"h.0.attn.bias": torch.zeros(2)},
+        tmp_path / "theirs" / "model.safetensors", {"format": "pt"},
+    )  # fmt: skip
+    from_hugging_face(tmp_path / "theirs", tmp_path / "bare", check=False)
+    a, b = find(tmp_path / "ours").reader(), find(tmp_path / "bare").reader()
+    assert a.shapes() == b.shapes()
+    assert all(torch.equal(a.read_full(name), b.read_full(name)) for name in a.names())
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+REFUSED = {
+    "scaled rotary positions": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+                                r"rotary positions are scaled \(linear\)"),
+    "half of the biases": ("llama", {"attention_bias": True}, "attention_bias and mlp_bias differ"),
+    "another activation": ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    "a window in some layers": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+                                "use_sliding_window gives some layers a window"),
+    "side by side": ("gpt_neox", {"use_parallel_residual": True}, "our block has attention before feed-forward"),
+    "a part of each head": ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                            "partial_rotary_factor": 0.25}}, "only 0.25 of each head"),
+    "a key that may matter": ("llama", {"logit_softcapping": 30.0}, "logit_softcapping is 30.0, a key that"),
+    "an unknown family": ("opt", {}, "is a 'opt' model: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_our_model_cannot_be_is_refused_before_anything_is_written(case, tmp_path):
+    kind, options, message = REFUSED[case]
+    config = transformers.AutoConfig.for_model(kind, **(SMALL | options))
+    (tmp_path / "theirs").mkdir()
+    save_file({"x": torch.zeros(1)}, tmp_path / "theirs" / "model.safetensors")
+    config.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(CheckpointError, match=message):
+        from_hugging_face(tmp_path / "theirs", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def spoil(folder, change) -> None:
+    held = tensors(folder)
+    change(held)
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+
+
+SPOILED = {
+    "a tensor too few": (lambda h: h.pop("model.layers.1.mlp.up_proj.weight"), r"1\.mlp\.up_proj\.weight is missing"),
+    "a tensor too many": (lambda h: h.update(extra=torch.zeros(1)), "extra is in no row of the table"),
+    "another width": (
+        lambda h: h.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(40, 32)}),
+        "has 40 rows and its config says 48",
+    ),
+    "another shape": (lambda h: h.update({"model.norm.weight": torch.zeros(31)}), "do not fit"),
+    "a head that is not the embedding": (
+        lambda h: h.update({"lm_head.weight": torch.zeros(61, 32)}), "the config says that they are tied",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_files_that_do_not_hold_their_config_are_refused(case, tmp_path):
+    change, message = SPOILED[case]
+    make(tmp_path / "theirs", "llama", SMALL | {"tie_word_embeddings": True})
+    spoil(tmp_path / "theirs", change)
+    with pytest.raises(CheckpointError, match=message):
+        from_hugging_face(tmp_path / "theirs", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_table_wrong_by_an_interleave_fails_and_is_moved_away(tmp_path, monkeypatch):
+    right = Llama.rows
+
+    def wrong(self, model):
+        rows = right(self, model)
+        return [
+            Row(row.ours, row.theirs[::-1], row.widths[::-1]) if row.ours.endswith("gate_up.weight") else row
+            for row in rows
+        ]
+
+    make(tmp_path / "theirs", "llama", SMALL)
+    monkeypatch.setattr(Llama, "rows", wrong)
+    with pytest.raises(CheckpointError, match=r"differ by .*ours.failed, and do not use it"):
+        from_hugging_face(tmp_path / "theirs", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+    assert json.loads((tmp_path / "ours.failed" / "conversion.json").read_text())["passed"] is False
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    make(tmp_path / "theirs", "llama", SMALL)
+    (tmp_path / "theirs" / "model.safetensors").rename(tmp_path / "theirs" / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pickled \(pytorch_model.bin\), which can execute code"):
+        from_hugging_face(tmp_path / "theirs", tmp_path / "ours")
+
+
+def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
+    make(tmp_path / "theirs", "llama", SMALL)
+    (tmp_path / "theirs" / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "../a.safetensors"}})
+    )
+    with pytest.raises(CheckpointError, match=r"names '../a.safetensors'"):
+        Folder(tmp_path / "theirs")
+
+
+def test_a_model_of_no_family_is_refused_with_each_ones_reasons(tmp_path):
+    make(tmp_path / "theirs", "llama", SMALL)
+    from_hugging_face(tmp_path / "theirs", tmp_path / "ours", check=False)
+    reader = find(tmp_path / "ours").reader()
+    facts = json.loads(json.dumps(reader.facts))
+    facts["config"]["model"]["norm"]["placement"] = "post"
+    held = [("weights", name, reader.read_full(name)) for name in reader.names()]
+    write_checkpoint(tmp_path / "post", held, step=0, state=None, facts=facts)
+    with pytest.raises(CheckpointError) as caught:
+        to_hugging_face(tmp_path / "post", tmp_path / "out")
+    assert len(str(caught.value).splitlines()) == 1 + len(FAMILY.kinds())
+    with pytest.raises(ConfigError, match="did you mean llama"):
+        to_hugging_face(tmp_path / "ours", tmp_path / "out", family="lama")
+    with pytest.raises(CheckpointError, match="gpt2: norm is not LayerNorm"):
+        to_hugging_face(tmp_path / "ours", tmp_path / "out", family="gpt2")
+    assert not [p for p in tmp_path.iterdir() if "out" in p.name]
+
+
+def test_one_row_of_ours_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    """The export reads each tensor when it is written, not before."""
+    make(tmp_path / "theirs", "llama", SMALL)
+    from_hugging_face(tmp_path / "theirs", tmp_path / "ours", check=False)
+    order = []
+    read, as_bytes = hugging_face.Reader.read_full, hugging_face._bytes
+    monkeypatch.setattr(hugging_face.Reader, "read_full", lambda *a: order.append("read") or read(*a))
+    monkeypatch.setattr(hugging_face, "_bytes", lambda x: order.append("write") or as_bytes(x))
+    to_hugging_face(tmp_path / "ours", tmp_path / "again", check=False)
+    runs = "".join(word[0] for word in order).split("r")[1:]
+    assert len(runs) == 3 + 3 * 6
+    assert {len(writes) for writes in runs} == {1, 2, 3}

@@ -1,0 +1,99 @@
+"""A model of ours in transformers: the same greedy tokens, its tokenizer with it."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+
+from megatrain.checkpoint.model import build_model, model_choice
+from megatrain.checkpoint.read import find
+from megatrain.checkpoint.stream import write_checkpoint
+from megatrain.cli.convert import command
+from megatrain.convert.hugging_face import to_hugging_face
+from megatrain.data.tokenizer import Tokenizer, train_tokenizer
+from megatrain.nn.where import KeyValueCache
+from megatrain.parallel.shard import initialise
+
+TEXTS = ["def main(x):\n    return x + 1\n", "the quick brown fox jumps over the lazy dog"] * 20
+SEQ_LEN = 64
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    content = train_tokenizer(TEXTS, 280)
+    return Tokenizer.parse(content, "here")
+
+
+@pytest.fixture(scope="module")
+def content() -> bytes:
+    return train_tokenizer(TEXTS, 280)
+
+
+def checkpoint(folder, content: bytes, **options):
+    """What a run leaves: a step's folder, the tokenizer in the run's."""
+    tokenizer = Tokenizer.parse(content, "here")
+    section = {"kind": "decoder", "d_model": 32, "n_layers": 2, "n_heads": 4, "d_ff": 48, "init_std": 0.2} | options
+    model = model_choice(section, "here").build(n_valid=tokenizer.vocab_size, seq_len=SEQ_LEN)
+    initialise(model, seed=1)
+    facts = {"config": {"model": section, "data": {"seq_len": SEQ_LEN}}, "tokenizer": tokenizer.fingerprint}
+    folder.mkdir()
+    (folder / "tokenizer.json").write_bytes(content)
+    held = (("weights", name, p.detach()) for name, p in model.named_parameters())
+    return write_checkpoint(folder / "checkpoints" / "step-00000007", held, step=7, state=None, facts=facts)
+
+
+def greedy(model, tokens: list[int], n: int) -> list[int]:
+    cache = KeyValueCache(len(tokens) + n)
+    logits, found = model.decode(torch.tensor([tokens]), cache), []
+    for _ in range(n):
+        found.append(int(logits[0, -1].argmax()))
+        logits = model.decode(torch.tensor([found[-1:]]), cache)
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_kv_heads": 2},
+        {"n_kv_heads": 2, "tie_embeddings": False, "attention": {"kind": "causal", "qk_norm": True}},
+        {"attention": {"kind": "sliding_window", "window": 5}, "vocab_size": 320},
+        {
+            "norm": {"kind": "layer_norm"}, "position": {"kind": "learned"},
+            "attention": {"kind": "causal", "bias": True}, "feed_forward": {"kind": "gelu", "bias": True},
+        },
+        {
+            "norm": {"kind": "layer_norm"}, "tie_embeddings": False,
+            "attention": {"kind": "causal", "bias": True}, "feed_forward": {"kind": "gelu", "bias": True},
+        },
+    ],
+    ids=["llama", "qwen3", "mistral", "gpt2", "gpt_neox"],
+)  # fmt: skip
+def test_transformers_generates_the_same_greedy_tokens(options, content, tmp_path, request):
+    commit = checkpoint(tmp_path / "run", content, **options)
+    report = to_hugging_face(tmp_path / "run", tmp_path / "out")
+    assert report.family == request.node.callspec.id
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "out").encode(
+        "the lazy fox", add_special_tokens=False
+    )
+    assert tokens == Tokenizer.parse(content, "here").encode("the lazy fox")
+    wanted = theirs.generate(
+        torch.tensor([tokens]), do_sample=False, max_new_tokens=12, min_new_tokens=12, pad_token_id=0,
+        attention_mask=torch.ones(1, len(tokens), dtype=torch.long), eos_token_id=None,
+    )  # fmt: skip
+    assert greedy(build_model(commit), tokens, 12) == wanted[0, len(tokens) :].tolist()
+
+
+def test_the_way_back_keeps_the_tokenizer_and_its_end_of_document(content, tokenizer, tmp_path):
+    checkpoint(tmp_path / "run", content)
+    call = CliRunner().invoke(command, ["to-hf", str(tmp_path / "run"), "--out", str(tmp_path / "hf")])
+    assert json.loads(call.stdout)["tokens"] == 128
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["eos_token_id"] == tokenizer.end_of_document
+    call = CliRunner().invoke(command, ["from-hf", str(tmp_path / "hf"), "--out", str(tmp_path / "again")])
+    assert call.exit_code == 0, call.output
+    facts = find(tmp_path / "again").manifest.facts
+    assert facts["tokenizer"] == {"fingerprint": tokenizer.fingerprint, "end_of_document": tokenizer.end_of_document}
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == content
