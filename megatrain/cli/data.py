@@ -1,5 +1,6 @@
 """megatrain data: build, look at and check data sets. The work is done in megatrain/data, imported when asked for."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -275,6 +276,40 @@ def trace_command(
             documents = row["documents"]
             more = f" and {len(documents) - 4} more" if len(documents) > 4 else ""
             click.echo(f"{row['step']:>8}  {row['sha256'][:16]}  {', '.join(documents[:4])}{more}")
+
+
+@command.command(
+    "seen",
+    help="""Ask what a run was trained on: the steps whose batches held tokens of a document, known by its id or by a
+    text in it. RUN is the folder of a run, or its run file.
+
+    \b
+    Example:
+      megatrain data seen runs/tiny --document os.py
+      megatrain data seen runs/tiny --contains "This program is free software"
+    """,
+)
+@click.argument("run", metavar="RUN")
+@click.option("--document", help="Id of a document.")
+@click.option("--contains", help="Text to look for in all documents.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
+def seen_command(run: str, document: str | None, contains: str | None, as_json: bool) -> None:
+    from megatrain.base.errors import ConfigError
+    from megatrain.data.seen import seen
+
+    if (document is None) == (not contains):
+        raise ConfigError("give either --document ID or --contains TEXT")
+    if Path(run).is_file():
+        from megatrain.train.run import read_run
+
+        run = str(read_run(run).run.folder)
+    for found in seen(Path(run), document, contains):
+        if as_json:
+            click.echo(json.dumps(dataclasses.asdict(found), ensure_ascii=False))
+            continue
+        steps = ", ".join(map(str, found.steps[:8])) + (f" ... {found.steps[-1]}" if len(found.steps) > 8 else "")
+        when = f"{len(found.steps)} steps: {steps}" if found.steps else f"not trained on ({found.split})"
+        click.echo(f"{found.document} of {found.source}: {when}")
 
 
 def _step_range(text: str) -> tuple[int, int]:
