@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from megatrain.base.device import Device
-from megatrain.base.errors import RunError
+from megatrain.base.errors import ConfigError, RunError
 from megatrain.cluster.identity import Identity
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def connect(identity: Identity, device: Device, timeout: timedelta = PATIENCE, *
     A process that stands alone gets no group, unless `even_alone`.
 
     Raises:
+        ConfigError: the port is taken.
         RunError: the ranks did not find each other in `timeout`.
     """
     import torch.distributed as dist
@@ -38,7 +39,8 @@ def connect(identity: Identity, device: Device, timeout: timedelta = PATIENCE, *
             rank, world = identity.rank, identity.world
             dist.init_process_group(device.backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except (dist.DistError, OSError, RuntimeError) as error:
-        raise RunError(_no_meeting(identity, timeout, error)) from error
+        kind = ConfigError if "EADDRINUSE" in str(error) else RunError  # a taken port is a wrong call
+        raise kind(_no_meeting(identity, timeout, error)) from error
 
 
 def disconnect() -> None:

@@ -35,6 +35,15 @@ class Node:
         return self.value
 
 
+def from_plain(value: Any, origin: str) -> Node:
+    """The tree of plain mappings, lists and scalars that all come from `origin`."""
+    if isinstance(value, dict):
+        return Node({key: from_plain(child, origin) for key, child in value.items()}, origin)
+    if isinstance(value, list):
+        return Node([from_plain(child, origin) for child in value], origin)
+    return Node(value, origin)
+
+
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Node:
     """The run file at `path` with its bases and the command line's `key=value` words, interpolations resolved.
 

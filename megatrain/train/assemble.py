@@ -30,17 +30,13 @@ from megatrain.nn.batch import Batch
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.shard import initialise
 from megatrain.parallel.tensor import TensorParallel
-
-
-def write_report(p):
-    return p  # TEMPORARY
-
-
+from megatrain.report.page import write_report
 from megatrain.train.check import refuse
 from megatrain.train.folder import RunFolder
 from megatrain.train.hook import Handle, Hook, Record
 from megatrain.train.hooks.console import Console
 from megatrain.train.hooks.evaluation import Evaluation
+from megatrain.train.hooks.ledger import Bookkeeping
 from megatrain.train.hooks.metrics import Metrics
 from megatrain.train.hooks.saving import Saving
 from megatrain.train.hooks.wandb import Wandb
@@ -218,7 +214,7 @@ class Session:
             first = self.evaluate()
             self.note("evaluated", **first)
         hooks = self._hooks(handle)
-        trainer = Trainer(
+        self.trainer = trainer = Trainer(
             state=self.state,
             feed=self.feed,
             engine=self.engine,
@@ -259,6 +255,9 @@ class Session:
             Metrics(handle),
             Console(handle),
             Wandb(run.log.wandb.mode, run.log.wandb.project, handle),
+            Bookkeeping(
+                run.checkpoint.every or 0, handle, run.data, run.seed, run.train.global_batch, lambda: self.state.cursors
+            ),
             Saving(run.checkpoint.every or 0, handle),
         ]
 
@@ -273,7 +272,7 @@ class Session:
             config=plain(self.run),
             evaluate=self.evaluate,
             save=self.save,
-            stop=self.request.ask,
+            stop=self._stop,
             note=self.note,
         )
 
@@ -330,6 +329,9 @@ class Session:
             self.state.step, self.engine.slices(), state, facts, asynchronous=self.run.checkpoint.async_
         )
         self.note("saved", asynchronous=self.run.checkpoint.async_)
+
+    def _stop(self) -> None:
+        self.trainer.stopping = True
 
     def note(self, kind: str, **facts: Any) -> None:
         if self.rank == 0:

@@ -42,7 +42,7 @@ class Handle:
     save: Callable[[], None] = lambda: None
     """Write a checkpoint of the state as it is now; every rank must call it."""
     stop: Callable[[], None] = lambda: None
-    """Ask the run to end after the step under way, saved and resumable."""
+    """End the run after this step, saved and resumable; every rank must call it at the same step."""
     note: Callable[..., None] = lambda kind, **facts: None
     """Write a line to events.jsonl (rank 0 does, others may call)."""
 

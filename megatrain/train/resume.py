@@ -7,7 +7,8 @@ from megatrain.base.log import log
 from megatrain.checkpoint.checkpoints import Checkpoints
 from megatrain.checkpoint.keys import acknowledged, changed_keys
 from megatrain.checkpoint.read import Commit
-from megatrain.config.build import flat, plain
+from megatrain.config.build import build, flat, plain
+from megatrain.config.source import from_plain
 from megatrain.train.folder import RunFolder
 from megatrain.train.run import Run
 
@@ -61,7 +62,7 @@ def refuse_other_run(run: Run, former: dict[str, Any]) -> None:
     Raises:
         ConfigError: naming every key that changes the mathematics and is not acknowledged.
     """
-    _, refused = changed_keys(former, plain(run))
+    _, refused = changed_keys(_filled(former), plain(run))
     refused = {key: pair for key, pair in refused.items() if not acknowledged(key, run.checkpoint.acknowledge)}
     if not refused:
         return
@@ -72,6 +73,17 @@ def refuse_other_run(run: Run, former: dict[str, Any]) -> None:
             for key, (old, new) in sorted(refused.items())
         ]
     )
+
+
+def _filled(former: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration with the defaults of keys that did not exist when it was written.
+
+    A new key's default is what was done before there was one. What can no longer be read stays as it is.
+    """
+    try:
+        return plain(build(Run, from_plain(former, "the saved run"))[0])
+    except ConfigError:
+        return former
 
 
 def _show(value: Any) -> str:
@@ -86,7 +98,7 @@ def lineage(run: Run, commit: Commit | None) -> list[dict[str, Any]]:
             start["init_from"] = run.checkpoint.init_from
         return [start]
     before = commit.manifest.facts.get("lineage", [])
-    former, now = flat(commit.manifest.facts.get("config", {})), flat(plain(run))
+    former, now = flat(_filled(commit.manifest.facts.get("config", {}))), flat(plain(run))
     changed = {
         k: [former.get(k), now.get(k)] for k in sorted(former.keys() | now.keys()) if former.get(k) != now.get(k)
     }

@@ -69,6 +69,8 @@ class Trainer:
     throughput: Throughput
     vote: StopVote
     hooks: Sequence[Hook] = ()
+    stopping: bool = False
+    """Set by a hook, on every rank at the same step: stop after this one."""
     _pending: Pending | None = None
 
     def run(self) -> None:
@@ -80,7 +82,8 @@ class Trainer:
         """
         while self.state.step < self.total_steps:
             self.step()
-            if self.vote.agreed() and self.state.step < self.total_steps:
+            agreed = self.vote.agreed()  # asked on every rank at every step, whatever a hook says
+            if (agreed or self.stopping) and self.state.step < self.total_steps:
                 self.deliver()
                 raise PreemptedError(f"stopped after step {self.state.step} of {self.total_steps}, as asked")
         self.deliver()
