@@ -14,16 +14,25 @@ from megatrain.parallel.mesh import Axis
 from megatrain.parallel.shard import Shard
 
 
-def counted(shard: Shard, local: Tensor) -> list[Tensor]:
-    """The parts of `local` (of the shard's local shape) that this rank counts; copies are counted elsewhere."""
+def counted_and_copies(shard: Shard, local: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The parts of `local` (of the shard's local shape) that this rank counts, and those that are counted elsewhere."""
     if all(part.counted for part in shard.parts):
-        return [local]
+        return [local], []
     pieces = local.split([part.stop - part.start for part in shard.parts], shard.dim)
-    return [piece for part, piece in zip(shard.parts, pieces, strict=True) if part.counted]
+    counted = [piece for part, piece in zip(shard.parts, pieces, strict=True) if part.counted]
+    copies = [piece for part, piece in zip(shard.parts, pieces, strict=True) if not part.counted]
+    return counted, copies
 
 
-def squared_norm(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Sum of squares of all elements: a float64 scalar, so that no finite gradient has an infinite square."""
+def squared_norm(counted: Iterable[Tensor], copies: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Sum of squares of all counted elements: a float64 scalar, so that no finite gradient has an infinite square.
+
+    Copies add nothing; but where one is not finite, the sum is NaN, since this rank would step on it.
+    """
+    return _squares(counted, device) + 0 * _squares(copies, device)
+
+
+def _squares(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
     tensors = [t for t in tensors if t.numel()]
     if not tensors:
         return torch.zeros((), dtype=torch.float64, device=device)
@@ -54,6 +63,6 @@ def clip_divisor(norm: Tensor, limit: float | None) -> Tensor:
 def not_finite(norm: Tensor) -> Tensor:
     """1 where the gradient behind `norm` has an infinity or a NaN in it, else 0: a float32 scalar.
 
-    Every element enters the norm, so one look at it is a look at them all.
+    Every element enters `squared_norm`, so one look at it is a look at them all.
     """
     return (~torch.isfinite(norm)).float()

@@ -16,7 +16,7 @@ from megatrain.parallel.shard import Slice, initialise
 from megatrain.parallel.tensor import TensorParallel
 
 VOCABULARY, SEQ_LEN = 31, 8
-MODEL = Decoder(d_model=20, n_layers=2, n_heads=2, d_ff=24)  # 20: partitions do not end where parameters do
+MODEL = Decoder(d_model=20, n_layers=1, n_heads=2, d_ff=24)  # 20: partitions do not end where parameters do
 OPTIMIZER = AdamW(lr=1e-2, eps=1e-4, clip=0.5)
 """A large eps keeps rounding from being amplified where gradients are almost zero; the clip is active throughout."""
 
@@ -52,13 +52,13 @@ def connected(tp: int = 1) -> Mesh:
 
 
 def toy_engine(kind: str, zero: int, mesh: Mesh, *, model: Any = None, micro_batch: int = 1, sequence: bool = False,
-               optimizer: Any = OPTIMIZER, **precision: str) -> Engine:  # fmt: skip
+               optimizer: Any = OPTIMIZER, choice: Any = None, **precision: str) -> Engine:  # fmt: skip
     if model is None:
         tp = TensorParallel(mesh.axis("tp"), sequence)
         model = MODEL.build(n_valid=VOCABULARY, seq_len=SEQ_LEN, tp=tp)
         initialise(model, seed=3)
     parts = Parts(model, optimizer, mesh, Device("cpu"), Precision(**precision), micro_batch, zero)
-    return ENGINE[kind]().build(parts)
+    return (choice or ENGINE[kind]()).build(parts)
 
 
 def floats(report: Any) -> tuple[float, float, float, float]:

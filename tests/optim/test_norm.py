@@ -8,7 +8,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatrain.optim.norm import clip_divisor, counted, global_norm, not_finite, squared_norm
+from megatrain.optim.norm import clip_divisor, counted_and_copies, global_norm, not_finite, squared_norm
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.shard import Part, Shard, constant
 from tests.ranks import run
@@ -29,8 +29,9 @@ SHARDS = {  # rank 0 and rank 1 of tp=2: cut with one row of dimension 1 held tw
 
 def norm_over_tp() -> torch.Tensor:
     axis = Mesh.of(tp=2).at(dist.get_rank()).connect().axis("tp")
-    pieces = [piece for s in SHARDS.values() for piece in counted(s[axis.rank], s[axis.rank].cut(FULL))]
-    return global_norm(squared_norm(pieces, CPU), [axis])
+    found = [counted_and_copies(s[axis.rank], s[axis.rank].cut(FULL)) for s in SHARDS.values()]
+    counted, copies = ([piece for pair in found for piece in pair[i]] for i in (0, 1))
+    return global_norm(squared_norm(counted, copies, CPU), [axis])
 
 
 def test_every_element_is_counted_once_over_the_ranks():
@@ -42,13 +43,13 @@ def test_every_element_is_counted_once_over_the_ranks():
 @given(st.lists(st.lists(st.floats(-(2.0**60), 2.0**60, width=32), max_size=5), max_size=4))
 def test_the_norm_of_a_list_of_tensors_is_the_norm_of_their_elements(lists):
     elements = [x for row in lists for x in row]
-    found = global_norm(squared_norm([torch.tensor(row) for row in lists], CPU), [])
+    found = global_norm(squared_norm([torch.tensor(row) for row in lists], [], CPU), [])
     assert float(found) == pytest.approx(math.hypot(*elements), rel=1e-6, abs=1e-20)
 
 
 def test_a_large_finite_gradient_is_finite():
     tensors = [torch.full((1,), 1e19), torch.full((1,), 1e19)]
-    norm = global_norm(squared_norm(tensors, CPU), [])
+    norm = global_norm(squared_norm(tensors, [], CPU), [])
     assert not_finite(norm) == 0
     assert float(norm) == pytest.approx(math.sqrt(2) * 1e19)
 
@@ -57,7 +58,13 @@ def test_a_large_finite_gradient_is_finite():
 def test_one_element_that_is_not_finite_is_seen(bad):
     x = torch.zeros(1000)
     x[777] = bad
-    assert not_finite(global_norm(squared_norm([torch.zeros(3), x], CPU), [])) == 1
+    assert not_finite(global_norm(squared_norm([torch.zeros(3), x], [], CPU), [])) == 1
+
+
+def test_a_copy_adds_nothing_unless_it_is_not_finite():
+    counted = [torch.tensor([3.0, 4.0])]
+    assert global_norm(squared_norm(counted, [torch.full((3,), 1e10)], CPU), []) == 5
+    assert not_finite(global_norm(squared_norm(counted, [torch.tensor([1.0, math.inf])], CPU), [])) == 1
 
 
 @given(st.floats(0, 1e6, width=32), st.floats(1e-3, 1e3))

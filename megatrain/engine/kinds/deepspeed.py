@@ -244,7 +244,7 @@ class ZeroEngine:
         batch = batch.to(self.device)
         tokens = self.passes.global_tokens(batch)
         loss_sum = self._reduced_gradients_of(batch, tokens / self.data.size)  # DeepSpeed averages over the ranks
-        squared = squared_norm(self._counted_gradients(), self.device)
+        squared = squared_norm(*self._counted_and_copies(), self.device)
         norm = global_norm(squared, (self.data, self.tp, self.pp))
         skipped = not_finite(norm)
         set_lr(self.optimizer, lr)
@@ -276,17 +276,20 @@ class ZeroEngine:
             if self.tp.size > 1:
                 p.register_hook(sum_over_tp)
 
-    def _counted_gradients(self) -> Iterator[Tensor]:
-        """This rank's partition of the gradient, without what another tensor-parallel rank counts."""
+    def _counted_and_copies(self) -> tuple[list[Tensor], list[Tensor]]:
+        """This rank's partition of the gradient: what it counts, and what another tensor-parallel rank counts."""
         found = {}
         for group, pieces in self.zero.averaged_gradients.items():  # laid end to end, they are the flat partition
             at = 0
             for piece in pieces:
                 found[group, at] = piece
                 at += piece.numel()
+        counted: list[Tensor] = []
+        copies: list[Tensor] = []
         for held in self._held():
-            if all(part.counted for part in self.shards[held.name].parts):
-                yield found[held.group, held.at].flatten()[: held.master.numel()]
+            into = counted if all(part.counted for part in self.shards[held.name].parts) else copies
+            into.append(found[held.group, held.at].flatten()[: held.master.numel()])
+        return counted, copies
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.passes.evaluate(batch)

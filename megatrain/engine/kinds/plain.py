@@ -13,7 +13,7 @@ from megatrain.engine.api import ENGINE, Engine, EngineCase, Parts, StepReport
 from megatrain.engine.gradients import Gradients, sum_partial
 from megatrain.engine.passes import Passes, mean, summed
 from megatrain.nn.batch import Batch
-from megatrain.optim.norm import clip_divisor, counted, global_norm, not_finite, squared_norm
+from megatrain.optim.norm import clip_divisor, counted_and_copies, global_norm, not_finite, squared_norm
 from megatrain.optim.optimizer import guarded, set_lr, set_step_count, step_count
 from megatrain.parallel.shard import Slice, shards, slices_of
 
@@ -60,12 +60,14 @@ class PlainEngine:
         batch = batch.to(self.device)
         tokens = self.passes.global_tokens(batch)
         loss_sum = self._gradients_of(batch, tokens)
-        counts = []
+        counted, copies = [], []
         for name, p in self.named.items():
             assert p.grad is not None
-            counts += counted(self.shards[name], p.grad)
+            mine, others = counted_and_copies(self.shards[name], p.grad)
+            counted += mine
+            copies += others
             self.masters[name].grad = p.grad
-        norm = global_norm(squared_norm(counts, self.device), (self.tp, self.pp))
+        norm = global_norm(squared_norm(counted, copies, self.device), (self.tp, self.pp))
         skipped = not_finite(norm)
         set_lr(self.optimizer, lr)
         with guarded(self.optimizer, clip_divisor(norm, self.parts.optimizer.clip), skipped):
