@@ -1,7 +1,7 @@
 """What a run is trained on: the `data` part of a run file."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from megatrain.data.packing import PACKING, Packing
 from megatrain.data.packing.concat import Concat
@@ -30,6 +30,9 @@ class Data:
     packing: Annotated[Packing, PACKING] = field(default_factory=Concat)
     mask_documents: bool = True
     """Documents in a row do not see each other, and positions restart with each."""
+    on_damage: Literal["refuse", "skip"] = "refuse"
+    """What is done with a document whose bytes are not those that were written: stop, or leave it out of the loss and
+    say so. Its place in the order stays, so every later batch is the same as without the damage."""
     workers: int = 1
     """Processes that read ahead for each rank; 0 reads in the training process itself."""
 

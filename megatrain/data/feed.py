@@ -11,9 +11,10 @@ from typing import Any, Self
 
 import torch
 
+from megatrain.base.log import warn
 from megatrain.data.config import Data
 from megatrain.data.held_out import HeldOut
-from megatrain.data.rows import Arrays, empty
+from megatrain.data.rows import Arrays, Piece, empty
 from megatrain.data.shards import TRAIN, TokenizerEntry
 from megatrain.data.stream import Order, Stream
 from megatrain.data.worker import Task, Worker
@@ -31,6 +32,8 @@ class Feed(Iterator[Batch]):
     def __init__(self, order: Order, cursors: dict[str, Any] | None = None, pin_memory: bool = False):
         self.order, self.pin_memory = order, pin_memory
         self._workers: list[Worker] = []
+        self.skipped: dict[tuple[str, str], int] = {}
+        """Tokens left out so far on this rank, by (tar, document), since the document is damaged (data.on_damage)."""
         self._stream = Stream(order, cursors)  # opened even beside workers, since it refuses what is wrong at once
         self._start(cursors)
 
@@ -93,16 +96,25 @@ class Feed(Iterator[Batch]):
     def __next__(self) -> Batch:
         if self._workers:
             arrays, filled = self._workers[self._turn % len(self._workers)].next()
+            self._note(filled.skipped)
             batch = batch_of(arrays, filled.packed, filled.cursors, self.pin_memory, copy=True)
             self._turn += 1
         else:
             arrays = empty(self.order.n_rows, self.order.data.seq_len)
-            packed, _ = self._stream.fill(arrays)
+            packed, rows = self._stream.fill(arrays)
+            self._note(rows.skipped)
             batch = batch_of(arrays, packed, self._stream.cursors(), self.pin_memory)
         first_row = self.order.dp_rank * self.order.n_rows
         batch = replace(batch, step=self._delivered, first_row=first_row)
         self._delivered += 1
         return batch
+
+    def _note(self, skipped: list[Piece]) -> None:
+        for piece in skipped:
+            named = piece.tar, piece.document
+            if named not in self.skipped:
+                warn("document %r of %s is damaged and left out of the loss", piece.document, piece.tar)
+            self.skipped[named] = self.skipped.get(named, 0) + piece.n_tokens
 
     def close(self) -> None:
         """End the workers."""

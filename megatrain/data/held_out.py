@@ -49,7 +49,8 @@ class HeldOut:
         """Rows `rows` of each batch of `n_rows`, and whether some row holds more than one document."""
         plan = list(self.plan())
         for first in range(0, len(plan), n_rows)[:n_batches]:
-            mine = Rows(empty(len(rows), self.data.seq_len), self.tokenizer.end_of_document)
+            arrays = empty(len(rows), self.data.seq_len)
+            mine = Rows(arrays, self.tokenizer.end_of_document, self.data.on_damage == "skip")
             for i, row in enumerate(rows):
                 index = first + row
                 self._fill(mine, i, *plan[index if index < len(plan) else -1], counted=index < len(plan))

@@ -58,10 +58,12 @@ class Rows:
     packed = rows.finish(mask_documents)
     """
 
-    def __init__(self, arrays: Arrays, end_of_document: int):
-        self.arrays, self.end_of_document = arrays, end_of_document
+    def __init__(self, arrays: Arrays, end_of_document: int, skip_damaged: bool = False):
+        self.arrays, self.end_of_document, self.skip_damaged = arrays, end_of_document, skip_damaged
         self.n, self.seq_len = arrays["targets"].shape
         self.written: list[Written] = []
+        self.skipped: list[Piece] = []
+        """What was left out of the loss, since its document is damaged."""
         self._begins: list[int] = []  # elements, counted through all rows, where a document begins or is entered
         self._entered: list[tuple[int, int]] = []  # elements where one is entered in the middle, and the id before
         self._targets = arrays["targets"].reshape(-1)
@@ -71,15 +73,47 @@ class Rows:
         """Write the tokens of `stretch` at `column` of `row`; returns the column after them."""
         shard, start, stop = stretch
         first, last = shard.documents(start, stop)
+        damaged = shard.shard.damaged_among(shard.order[first:last])
+        written = Written(row, column, stretch, first, last)
+        self.written.append(written)
         element = row * self.seq_len + column
-        shard.copy(self._targets[element : element + stop - start], first, last, start, stop)
         self._begins.append(element)
         if last - first > 1:
             self._begins += (shard.begin[first + 1 : last] + (element - start)).tolist()
-        if shard.begin[first] != start:
-            self._entered.append((element, shard.before(first, start)))
-        self.written.append(Written(row, column, stretch, first, last))
+        if damaged.any():
+            self._put_damaged(written, damaged)
+        else:
+            shard.copy(self._targets[element : element + stop - start], first, last, start, stop)
+            if shard.begin[first] != start:
+                self._entered.append((element, shard.before(first, start)))
         return column + stop - start
+
+    def _put_damaged(self, written: Written, damaged: NDArray[np.bool_]) -> None:
+        """Leave damaged documents out of the loss; in their place stand end-of-document tokens.
+
+        So every position stays what it was: all ranks go on alike without telling each other, and a resume skips the
+        same.
+        """
+        for piece, bad in zip(_pieces_of(written), damaged, strict=True):
+            if bad and not self.skip_damaged:
+                why = written.stretch.shard.shard.unreadable or "its bytes do not have the checksum of the index"
+                raise DataError(
+                    f"document {piece.document!r} of {piece.tar} is damaged ({why}): copy the shard again (`megatrain "
+                    "data verify` names all that are bad), or leave such documents out with data.on_damage: skip"
+                )
+            shard, start, _ = written.stretch
+            element = piece.row * self.seq_len + piece.column
+            at = start + piece.column - written.column
+            into = slice(element, element + piece.n_tokens)
+            if bad:
+                self._targets[into] = self.end_of_document
+                self.arrays["weights"].reshape(-1)[into] = 0
+                self.skipped.append(piece)
+            else:
+                first, last = shard.documents(at, at + piece.n_tokens)
+                shard.copy(self._targets[into], first, last, at, at + piece.n_tokens)
+                if not piece.begins:
+                    self._entered.append((element, shard.before(first, at)))
 
     def finish(self, mask_documents: bool) -> bool:
         """Work out the other arrays from the targets and where documents begin.
@@ -129,12 +163,16 @@ class Piece:
 def pieces(rows: Rows) -> Iterator[Piece]:
     """What the rows hold, row by row, column by column."""
     for written in sorted(rows.written, key=lambda w: (w.row, w.column)):
-        row, column, (shard, start, stop), first, last = written
-        lengths = shard.lengths(first, last, start, stop).tolist()
-        offset = start - int(shard.begin[first])
-        for number, length in zip(shard.order[first:last].tolist(), lengths, strict=True):
-            yield Piece(row, column, length, offset, shard.shard.document_id(number), str(shard.shard.tar))
-            column, offset = column + length, 0
+        yield from _pieces_of(written)
+
+
+def _pieces_of(written: Written) -> Iterator[Piece]:
+    row, column, (shard, start, stop), first, last = written
+    lengths = shard.lengths(first, last, start, stop).tolist()
+    offset = start - int(shard.begin[first])
+    for number, length in zip(shard.order[first:last].tolist(), lengths, strict=True):
+        yield Piece(row, column, length, offset, shard.shard.document_id(number), str(shard.shard.tar))
+        column, offset = column + length, 0
 
 
 def check_vocabulary(rows: Rows, vocab_size: int) -> None:

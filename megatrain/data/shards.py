@@ -17,7 +17,7 @@ import os
 import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, Self
 
 import numpy as np
@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from megatrain.base.errors import DataError
-from megatrain.base.files import fsync_folder, read_json, write_json
+from megatrain.base.files import fsync_folder, read_json, sha256_of, write_json
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -308,7 +308,11 @@ class ShardWriter:
 
 
 class Shard:
-    """A shard to read: documents by number, without parsing the tar. Columns of the index are int64 [documents]."""
+    """A shard to read: documents by number, without parsing the tar. Columns of the index are int64 [documents].
+
+    Whatever is read is checked first: the index against the manifest, each document against its checksum in the index,
+    once. The tar's own headers are never looked at, so nothing written in them can do harm.
+    """
 
     def __init__(self, tar: Path, index: Path, entry: ShardEntry, dtype: str):
         self.tar, self.index, self.entry = tar, index, entry
@@ -316,6 +320,16 @@ class Shard:
 
     @classmethod
     def of(cls, folder: Path, entry: ShardEntry, dtype: str) -> Self:
+        """The shard that a manifest in `folder` names.
+
+        Raises:
+            DataError: the manifest names a file outside its folder.
+        """
+        for path in (entry.path, entry.index):
+            if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+                raise DataError(
+                    f"the manifest of {folder} names {path!r}, outside its folder: do not use this data set"
+                )
         return cls(folder / entry.path, folder / entry.index, entry, dtype)
 
     @cached_property
@@ -328,7 +342,9 @@ class Shard:
                 f"shard {self.tar} {found} and the manifest says {self.entry.bytes} bytes: copy it again, or build the "
                 "data set again"
             )
-        mapped = np.memmap(self.tar, dtype=self.dtype, mode="r")
+        if size < self.dtype.itemsize * (self.start + self.length).max(initial=0):
+            raise DataError(f"index {self.index} points beyond the end of {self.tar}: build the data set again")
+        mapped = np.memmap(self.tar, dtype=self.dtype, mode="r", shape=(size // self.dtype.itemsize,))
         return np.asarray(mapped)  # the same memory without the subclass, whose every slice costs a Python call
 
     @cached_property
@@ -341,10 +357,26 @@ class Shard:
         """Tokens of each document, its end-of-document token included."""
         return self.column("length")
 
+    @cached_property
+    def _sound_index(self) -> Path:
+        """The index, once its bytes are known to be those that the manifest promises."""
+        try:
+            found = sha256_of(self.index)
+        except OSError as error:
+            raise DataError(
+                f"index {self.index} cannot be read ({error}): copy it again, or build the data set again"
+            ) from error
+        if found != self.entry.index_sha256:
+            raise DataError(
+                f"index {self.index} is not the one that was written (sha256 {found[:12]}, and the manifest says "
+                f"{self.entry.index_sha256[:12]}): copy it again, or build the data set again"
+            )
+        return self.index
+
     def column(self, name: str) -> NDArray[np.int64]:
         """A column of the index: offset (bytes), length (tokens), crc32, text_bytes, id_bytes, id_ends."""
         try:
-            with safe_open(self.index, framework="numpy") as file:
+            with safe_open(self._sound_index, framework="numpy") as file:
                 return file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise DataError(
@@ -366,4 +398,36 @@ class Shard:
 
     def damaged(self, number: int) -> bool:
         """The document's bytes are not those that were written."""
-        return zlib.crc32(self.tokens(number).tobytes()) != self.column("crc32")[number]
+        return zlib.crc32(self.tokens(number).data) != self._crc32[number]
+
+    @cached_property
+    def _crc32(self) -> NDArray[np.int64]:
+        return self.column("crc32")
+
+    @cached_property
+    def _health(self) -> NDArray[np.uint8]:
+        return np.full(len(self.length), _UNKNOWN, dtype=np.uint8)
+
+    def damaged_among(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of these documents are damaged: bool, like `numbers`. Each is checked once.
+
+        All are where the tar is missing or has another size.
+        """
+        health = self._health[numbers]
+        if (health == _UNKNOWN).any():
+            for number in numbers[health == _UNKNOWN].tolist():
+                self._health[number] = _DAMAGED if self.unreadable or self.damaged(number) else _SOUND
+            health = self._health[numbers]
+        return health == _DAMAGED
+
+    @cached_property
+    def unreadable(self) -> str:
+        """Why the tar cannot be read at all; empty where it can."""
+        try:
+            self.ids  # noqa: B018
+        except DataError as error:
+            return str(error)
+        return ""
+
+
+_UNKNOWN, _SOUND, _DAMAGED = 0, 1, 2

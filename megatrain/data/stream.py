@@ -75,7 +75,7 @@ class Stream:
         Raises:
             DataError: a shard is damaged or holds an id that is not in the vocabulary.
         """
-        rows = Rows(arrays, self.tokenizer.end_of_document)
+        rows = Rows(arrays, self.tokenizer.end_of_document, self.order.data.on_damage == "skip")
         self._draw(rows)
         packed = rows.finish(self.order.data.mask_documents)
         check_vocabulary(rows, self.vocab_size)

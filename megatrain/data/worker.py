@@ -21,7 +21,7 @@ from typing import Any
 
 from megatrain.base.errors import RunError, UserError
 from megatrain.base.log import warn
-from megatrain.data.rows import Arrays, arrays_in, n_bytes
+from megatrain.data.rows import Arrays, Piece, arrays_in, n_bytes
 from megatrain.data.stream import Order, Stream
 
 N_BUFFERS = 3
@@ -47,6 +47,7 @@ class Filled:
     buffer: int
     packed: bool
     cursors: dict[str, Any]
+    skipped: list[Piece]
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,6 @@ def _work(task: Task, memory: mmap.mmap, connection: Connection) -> None:
                 free.append(connection.recv())
             buffer = free.popleft()
             view = memoryview(memory)[buffer * size : (buffer + 1) * size]
-            packed, _ = stream.fill(arrays_in(view, *shape))
-            connection.send(Filled(buffer, packed, stream.cursors()))
+            packed, rows = stream.fill(arrays_in(view, *shape))
+            connection.send(Filled(buffer, packed, stream.cursors(), rows.skipped))
         turn += 1

@@ -1,5 +1,6 @@
 """Token shards: what is written is read, by us and by webdataset."""
 
+import dataclasses
 import hashlib
 import json
 
@@ -84,6 +85,9 @@ def test_a_truncated_or_missing_shard_is_refused_by_name(written):
     with pytest.raises(DataError, match=r"shard-000007.tar is missing"):
         Shard.of(folder, entry, dtype).tokens(0)
     (folder / entry.index).write_bytes(b"nonsense")
+    with pytest.raises(DataError, match=r"index .*shard-000007.index is not the one that was written"):
+        Shard.of(folder, entry, dtype).length  # noqa: B018
+    (folder / entry.index).unlink()
     with pytest.raises(DataError, match=r"index .*shard-000007.index cannot be read"):
         Shard.of(folder, entry, dtype).length  # noqa: B018
 
@@ -112,6 +116,14 @@ def test_bad_folders_are_refused_with_what_to_do(tmp_path, written):
     for change, message in (
         ({"version": 2}, "version 2"),
         ({"dtype": "int8"}, "int8"),
+        (
+            {"splits": {"train": {"shards": [{**good["splits"][TRAIN]["shards"][0], "path": "../x"}]}}},
+            "outside its folder",
+        ),
+        (
+            {"splits": {"train": {"shards": [{**good["splits"][TRAIN]["shards"][0], "index": "/x"}]}}},
+            "outside its folder",
+        ),
         ({"splits": {"train": {}}}, "not a manifest"),
     ):
         (tmp_path / "manifest.json").write_text(json.dumps(good | change))
@@ -120,6 +132,13 @@ def test_bad_folders_are_refused_with_what_to_do(tmp_path, written):
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(DataError, match="not JSON"):
         Manifest.read(tmp_path)
+
+
+def test_paths_that_lead_out_of_the_folder_are_refused(written):
+    folder, entry, _, dtype = written
+    for change in ({"path": "../x"}, {"index": "/etc/passwd"}, {"path": "train/../../x"}):
+        with pytest.raises(DataError, match="outside its folder"):
+            Shard.of(folder, dataclasses.replace(entry, **change), dtype)
 
 
 def test_the_narrowest_type_is_chosen():
