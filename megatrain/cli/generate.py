@@ -87,9 +87,10 @@ def _sample(
     choosing = Choosing(**how)
     for row in rows:
         start = time.perf_counter()
+        pieces = proceed(loaded, [row], choosing)
         if not as_json:
             _write(row.prompt)
-        for _, piece in proceed(loaded, [row], choosing):
+        for _, piece in pieces:
             if not as_json:
                 _write(piece)
         speed = len(row.tokens) / (time.perf_counter() - start)

@@ -99,7 +99,7 @@ def _node(value: Any, origin: str) -> Node:
 def _device(wanted: str) -> Device:
     if wanted not in KINDS:
         raise ConfigError(f"device={wanted}: {did_you_mean(wanted, KINDS)}")
-    if wanted == "cuda" and not torch.cuda.is_available():
+    if wanted == "cuda" and Device.of("auto").kind != "cuda":
         raise ConfigError("device=cuda and this machine has no card that torch can use: take cpu, or auto")
     return Device.of(wanted)
 

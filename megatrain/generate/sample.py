@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -145,21 +146,21 @@ def prompt_problem(loaded: Loaded, ids: Sequence[int]) -> str | None:
     )
 
 
-@torch.inference_mode()
 def proceed(loaded: Loaded, rows: Sequence[Continuation], choosing: Choosing) -> Iterator[tuple[Continuation, str]]:
     """Continue all rows to their ends, some at a time: each yields a row and the text that it has grown by.
 
     Raises:
-        ConfigError: `choosing` is not as it must be.
+        ConfigError: `choosing` is not as it must be; raised by the call, before anything is computed.
         RunError: the model computed something that is not a finite number.
     """
     if problems := choosing.problems():
         raise ConfigError(problems)
     by_length = sorted(rows, key=lambda row: len(row.ids))  # rows of one length wait least for each other
-    for first in range(0, len(rows), ROWS_AT_ONCE):
-        yield from _proceed_together(loaded, by_length[first : first + ROWS_AT_ONCE], choosing)
+    groups = [by_length[first : first + ROWS_AT_ONCE] for first in range(0, len(rows), ROWS_AT_ONCE)]
+    return chain.from_iterable(_proceed_together(loaded, group, choosing) for group in groups)
 
 
+@torch.inference_mode()
 def _proceed_together(
     loaded: Loaded, rows: list[Continuation], choosing: Choosing
 ) -> Iterator[tuple[Continuation, str]]:
@@ -169,8 +170,8 @@ def _proceed_together(
     """
     capacity = max(row.n_prompt + len(row.uniforms) - 1 for row in rows)  # the last token is chosen, not read
     cache = KeyValueCache(int(min(capacity, longest(loaded))))
-    unread = slice(0, min(row.n_prompt for row in rows))
     while rows:
+        unread = slice(cache.length, min(len(row.ids) for row in rows))
         tokens = torch.tensor([row.ids[unread] for row in rows], device=loaded.device)
         logits = loaded.model.decode(tokens, cache, latest=1)[:, -1]
         for row, token in zip(rows, _chosen(rows, logits, choosing, cache.length), strict=True):
@@ -180,7 +181,6 @@ def _proceed_together(
         if len(alive) < len(rows):
             rows = [rows[n] for n in alive]
             select(cache, alive)
-        unread = slice(cache.length, cache.length + 1)
 
 
 def _chosen(rows: list[Continuation], logits: Tensor, choosing: Choosing, position: int) -> list[int]:

@@ -77,8 +77,10 @@ def test_options_that_do_not_go_together_are_a_wrong_call(run, words, sentence):
 
 
 @pytest.mark.parametrize("words", [["--top-p", 0], ["--max-tokens", 0], ["--beams", 0], ["--temperature", -1]])
-def test_a_wrong_value_is_an_error_for_users(run, words):
-    assert isinstance(called(run, *words).exception, UserError)
+def test_a_wrong_value_is_an_error_for_users_before_anything_is_printed(run, words):
+    found = called(run, "--prompt", "x", *words)
+    assert isinstance(found.exception, UserError)
+    assert found.stdout == ""
 
 
 def test_help_has_an_example():
