@@ -249,16 +249,15 @@ class Session:
 
     def _hooks(self, handle: Handle) -> list[Hook]:
         run = self.run
+        every = run.checkpoint.every or 0
         return [
             Evaluation(run.train.eval_every, handle),
             *(choice.build(handle) for choice in run.hooks),
             Metrics(handle),
             Console(handle),
             Wandb(run.log.wandb.mode, run.log.wandb.project, handle),
-            Bookkeeping(
-                run.checkpoint.every or 0, handle, run.data, run.seed, run.train.global_batch, lambda: self.state.cursors
-            ),
-            Saving(run.checkpoint.every or 0, handle),
+            Bookkeeping(every, handle, run.data, run.seed, run.train.global_batch, lambda: self.state.cursors),
+            Saving(every, handle),
         ]
 
     def _handle(self, throughput: Throughput) -> Handle:
