@@ -48,3 +48,17 @@ def test_a_range_that_is_none_is_refused(run_file):
     for steps in ("4", "4:2", "a:b", "-1:2", ""):
         with pytest.raises(ConfigError, match="is no range of steps"):
             CliRunner().invoke(command, ["trace", str(run_file), "--steps", steps], catch_exceptions=False)
+
+
+def test_a_run_can_be_asked_when_it_saw_a_document(run_file, tmp_path, monkeypatch):
+    from megatrain.train.run import train
+
+    monkeypatch.chdir(tmp_path)
+    train(str(run_file), ["log.wandb.mode=disabled", "checkpoint.every=3", "train.eval_batches=1"])
+    met = {row["step"] + 1: row["documents"] for row in trace(run_file, "--steps", "0:4")}
+    for document in sorted(set().union(*met.values()))[:5]:
+        arguments = ["seen", "runs/run", "--document", document, "--json"]
+        found = json.loads(CliRunner().invoke(command, arguments, catch_exceptions=False).output)
+        assert found["steps"] == [step for step, documents in met.items() if document in documents]
+    with pytest.raises(ConfigError, match="either --document ID or --contains TEXT"):
+        CliRunner().invoke(command, ["seen", "runs/run"], catch_exceptions=False)
