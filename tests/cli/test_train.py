@@ -14,8 +14,12 @@ import psutil
 import pytest
 import yaml
 
+from megatrain.base import units
 from megatrain.cli.main import main
+from megatrain.train.run import read_run
 from tests.train.small import metrics, write_run
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def call(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -182,8 +186,17 @@ def test_explain_names_file_and_line_of_each_value(
     assert rows["optimizer.weight_decay"]["origin"] == "default"
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("configs/**/*.yaml")), ids=lambda p: p.stem)
-def test_every_shipped_configuration_explains_itself(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if "model" in yaml.safe_load(path.read_text()):
-        code, _ = call("explain", str(path), capsys=capsys)
-        assert code == 0
+@pytest.mark.parametrize("path", sorted((CONFIGS / "run").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_run_explains_itself(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _ = call("explain", str(path), capsys=capsys)
+    assert code == 0
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "model").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_model_has_the_parameters_that_its_name_says(path: Path, tmp_path: Path) -> None:
+    part = tmp_path / "run.yaml"
+    part.write_text(yaml.safe_dump({"base": [str(CONFIGS / "run/llama-124m.yaml"), str(path)]}))
+    run = read_run(part).run
+    said = units.count(path.stem.split("-")[-1], "parameters")
+    vocabulary = {"llama-1b": 128_256, "llama-8b": 128_256, "gpt2-124m": 50_257}.get(path.stem, 32_000)
+    assert run.model.n_parameters(vocabulary) == pytest.approx(said, rel=0.25)
