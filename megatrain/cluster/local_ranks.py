@@ -2,7 +2,7 @@
 
 Ranks find each other on a port that the system chose: this process opens it and rank 0 inherits it, so nobody else can
 take it in between. Each rank leads a session of its own, so that Ctrl-C reaches it once, through us, and each dies
-with us even if we are killed. Why not torch's elastic agent: see CONTRIBUTING.md, "Local ranks".
+with us even if we are killed. Why not torch's elastic agent: CONTRIBUTING.md, why 10.
 """
 
 import collections
