@@ -59,7 +59,7 @@ def input_options(function: Any) -> Any:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the data set; must be new.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json; without one, it is trained.")
 @click.option("--end-of-document", help="The tokenizer's token that ends a document, if it has an unusual name.")
-@click.option("--vocab-size", default=32_768, show_default=True, help="Of the tokenizer to train.")
+@click.option("--vocab-size", type=int, help="Of the tokenizer to train.  [default: 32768]")
 @click.option("--held-out", default=0.01, show_default=True, help="Share of the documents never trained on.")
 @click.option("--shard-tokens", default="64M", show_default=True, help="Tokens of a shard.")
 @click.option("--dtype", default="auto", show_default=True, type=click.Choice(["auto", "uint16", "uint32"]))
@@ -81,6 +81,8 @@ def build_command(**options: Any) -> None:
     except KeyboardInterrupt as interrupt:
         raise PreemptedError("stopped; the same command goes on after the last whole shard") from interrupt
     _report(built, options["out"])
+    if options["tokenizer"] is None and built.manifest.tokenizer.vocab_size < (options["vocab_size"] or 0):
+        click.echo(f"the text has no more tokens in it, so the vocabulary is smaller than {options['vocab_size']:,}")
 
 
 class _Bar:
@@ -263,7 +265,7 @@ def trace_command(
     run_file: str, overrides: tuple[str, ...], steps: str, dp: int, workers: int | None, as_json: bool
 ) -> None:
     from megatrain.data.trace import trace
-    from megatrain.train.run import read_run
+    from megatrain.train.config import read_run
 
     start, stop = _step_range(steps)
     if workers is not None:
@@ -300,7 +302,7 @@ def seen_command(run: str, document: str | None, contains: str | None, as_json: 
     if (document is None) == (not contains):
         raise ConfigError("give either --document ID or --contains TEXT")
     if Path(run).is_file():
-        from megatrain.train.run import read_run
+        from megatrain.train.config import read_run
 
         run = str(read_run(run).run.folder)
     for found in seen(Path(run), document, contains):

@@ -24,9 +24,10 @@ from megatrain.data.journal import Done, Journal, Tally
 from megatrain.data.shards import HELD_OUT, MANIFEST, TOKENIZER, TRAIN, Manifest, ShardWriter, Split, TokenizerEntry
 from megatrain.data.shards import token_dtype as narrowest_dtype
 from megatrain.data.sources import chunks_of, find_sources
-from megatrain.data.tokenizer import Tokenizer, train_tokenizer
+from megatrain.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer, train_tokenizer
 
 _SMALL_CORPUS = 2**25  # bytes: below this a hash may well hold out nothing, so the hashes are looked at first
+_VOCAB_SIZE = 32_768
 _TOKENIZER_SAMPLE = 2**28  # bytes of text that a tokenizer is trained on; more changes hardly a merge
 
 
@@ -42,8 +43,8 @@ class BuildOptions:
     """None trains one on the input."""
     end_of_document: str | None = None
     """Its end-of-document token; None looks for the usual names."""
-    vocab_size: int = 32_768
-    """Of the tokenizer to train."""
+    vocab_size: int | None = None
+    """Of the tokenizer to train; None is 32,768."""
     held_out: float = 0.01
     """Share of the documents that is never trained on, chosen by a hash of their content."""
     shard_tokens: int = 2**26
@@ -53,10 +54,18 @@ class BuildOptions:
     """Options of the readers: `text_field`, `id_field`, `separator`, `piece_bytes`."""
     workers: int = 1
 
+    @property
+    def trained_size(self) -> int:
+        return _VOCAB_SIZE if self.vocab_size is None else self.vocab_size
+
     def problems(self) -> list[str]:
         found = []
         if not self.inputs:
             found.append("no input: give one or more files or folders of text")
+        if self.tokenizer is not None and self.vocab_size is not None:
+            found.append(f"vocab_size={self.vocab_size} is of a tokenizer to train, and one is given: leave one out")
+        if self.trained_size < SMALLEST_VOCABULARY:
+            found.append(f"vocab_size={self.vocab_size} has no room for all bytes: take {SMALLEST_VOCABULARY} or more")
         if not 0 <= self.held_out < 1:
             found.append(f"held_out={self.held_out} is not a share: take one in [0, 1), for example 0.01")
         if self.shard_tokens < 1:
@@ -189,7 +198,7 @@ class _Build:
             return tokenizer
         if not path.exists():  # else a build that was killed had trained it
             self.watcher.stage("training the tokenizer", self.total)
-            _keep(path, train_tokenizer(self._sample(limit), self.options.vocab_size))
+            _keep(path, train_tokenizer(self._sample(limit), self.options.trained_size))
         return Tokenizer.open(path)
 
     def _sample(self, limit: float) -> Iterator[str]:
@@ -293,7 +302,7 @@ def _keep(path: Path, content: bytes) -> None:
 
 def _fingerprint(options: BuildOptions, sources: list[Source]) -> str:
     """Of what decides the bytes of a data set: the options, and the names and sizes of the files. Not of workers."""
-    tokenizer = options.vocab_size if options.tokenizer is None else Tokenizer.open(options.tokenizer).fingerprint
+    tokenizer = options.trained_size if options.tokenizer is None else Tokenizer.open(options.tokenizer).fingerprint
     parts = [
         [tokenizer, options.end_of_document, options.held_out, options.shard_tokens, options.dtype],
         sorted(options.reading.items()),

@@ -269,6 +269,7 @@ class ShardWriter:
         index_aside = self._aside.with_suffix(".index.tmp")
         # One key of metadata, since safetensors writes several in any order, and equal shards must be equal files.
         save_file(columns, index_aside, metadata={"version": str(VERSION)})
+        os.chmod(index_aside, os.stat(self._aside).st_mode)  # safetensors writes for the owner alone
         with open(index_aside, "rb") as file:
             os.fsync(file.fileno())
             index_sha256 = hashlib.file_digest(file, "sha256").hexdigest()

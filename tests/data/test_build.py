@@ -1,5 +1,6 @@
 """A build gives the same bytes for any number of workers and however often it was killed."""
 
+import errno
 import gc
 import json
 import os
@@ -18,7 +19,7 @@ from megatrain.base.errors import ConfigError, DataError
 from megatrain.base.files import sha256_of
 from megatrain.cli.data import command
 from megatrain.data.build import BuildOptions, build
-from megatrain.data.shards import Manifest, Shard
+from megatrain.data.shards import Manifest, Shard, ShardWriter
 from megatrain.data.tokenizer import Tokenizer
 from tests.data.test_readers import write_megatron
 
@@ -41,7 +42,7 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def options(corpus: Path, out: Path, **changes) -> BuildOptions:
-    given = {"vocab_size": 320, "held_out": 0.05, "shard_tokens": 2000}
+    given = {"held_out": 0.05, "shard_tokens": 2000} | ({} if "tokenizer" in changes else {"vocab_size": 320})
     return BuildOptions(inputs=(corpus,), out=out, **{**given, **changes})
 
 
@@ -206,6 +207,34 @@ def test_a_folder_that_cannot_be_written_is_refused(corpus, tmp_path):
         build(options(corpus, tmp_path / "file" / "data"))
 
 
+def test_whoever_may_read_the_shards_may_read_the_index(built):
+    modes = {path.stat().st_mode & 0o777 for path in built.rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~_umask()}
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_full_disk_is_an_error_and_the_same_command_goes_on(built, corpus, tmp_path, monkeypatch):
+    write, count = ShardWriter.write, iter(range(100_000))
+
+    def full(self, *arguments):
+        if next(count) == 150:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", full)
+        with pytest.raises(DataError, match=r"cannot be written .No space left on device"):
+            build(options(corpus, tmp_path / "data"))
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert build(options(corpus, tmp_path / "data")).resumed_shards > 0
+    assert digests(tmp_path / "data") == digests(built)
+
+
 def test_two_builds_of_one_folder_do_not_meet(corpus, tmp_path):
     class Second:
         def stage(self, name, total):
@@ -300,8 +329,13 @@ def test_another_tokenizer_in_the_same_place_is_read_anew(corpus, tmp_path):
 
 def test_all_problems_of_the_options_are_shown_at_once(tmp_path):
     with pytest.raises(ConfigError) as caught:
-        build(BuildOptions((), tmp_path, held_out=1.0, shard_tokens=0, workers=0, dtype="int8"))
-    assert len(caught.value.problems) == 5
+        build(BuildOptions((), tmp_path, vocab_size=256, held_out=1.0, shard_tokens=0, workers=0, dtype="int8"))
+    assert len(caught.value.problems) == 6
+
+
+def test_a_tokenizer_that_is_given_is_not_trained(built, corpus, tmp_path):
+    with pytest.raises(ConfigError, match="vocab_size=320 is of a tokenizer to train, and one is given"):
+        build(options(corpus, tmp_path / "data", tokenizer=built / "tokenizer.json", vocab_size=320))
 
 
 def test_a_dead_worker_is_an_error_that_says_so():

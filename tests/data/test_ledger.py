@@ -27,8 +27,10 @@ def sources(tmp_path_factory) -> list[str]:
     for name in ("a", "b"):
         lines = (json.dumps({"text": f"{name} document {i} " * (1 + i % 9)}) for i in range(60))
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
-        tokenizer = folder / "a" / "tokenizer.json" if name == "b" else None
-        build(BuildOptions((folder / f"{name}.jsonl",), folder / name, (), (), tokenizer, vocab_size=270, held_out=0.1))
+        tokenizer, size = (folder / "a" / "tokenizer.json", None) if name == "b" else (None, 270)
+        build(
+            BuildOptions((folder / f"{name}.jsonl",), folder / name, tokenizer=tokenizer, vocab_size=size, held_out=0.1)
+        )
     return [str(folder / "a"), str(folder / "b")]
 
 
