@@ -19,7 +19,7 @@ def command(run_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     megatrain explain configs/run/tiny.yaml optimizer.lr=1e-3 --json
     """
     from megatrain.config.build import flat, plain
-    from megatrain.train.run import read_run
+    from megatrain.train.config import read_run
 
     found = read_run(run_file, overrides)
     values = flat(plain(found.run))

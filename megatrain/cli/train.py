@@ -20,7 +20,8 @@ def command(run_file: str, overrides: tuple[str, ...], nproc: int | None) -> Non
     megatrain train configs/run/tiny.yaml train.steps=100 optimizer.lr=1e-3
     torchrun --nproc-per-node 8 -m megatrain train configs/run/tiny.yaml
     """
-    from megatrain.train.run import read_run, train
+    from megatrain.train.config import read_run
+    from megatrain.train.run import train
 
     if nproc is None:
         train(run_file, overrides)

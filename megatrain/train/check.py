@@ -7,7 +7,7 @@ from megatrain.base.files import sha256_of
 from megatrain.data.shards import TokenizerEntry
 from megatrain.data.stream import Order, Stream
 from megatrain.engine.layout import layout_problems
-from megatrain.train.run import Run
+from megatrain.train.config import Run
 
 
 def refuse(run: Run, world: int) -> TokenizerEntry:

@@ -9,8 +9,8 @@ from megatrain.checkpoint.keys import acknowledged, changed_keys
 from megatrain.checkpoint.read import Commit
 from megatrain.config.build import build, flat, plain
 from megatrain.config.source import from_plain
+from megatrain.train.config import Run
 from megatrain.train.folder import RunFolder
-from megatrain.train.run import Run
 
 
 def finished(run: Run) -> bool:
