@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,21 +67,45 @@ class HostCopy:
             (s for s in slices if s.counted),
             key=lambda s: (-s.values.dtype.itemsize, s.state, s.name, s.box.row, s.box.column),
         )
-        self.pieces, at = [], 0
+        pieces, at = [], 0
         for s in counted:
-            self.pieces.append(Piece(s.state, s.name, tuple(s.full_shape), s.matrix, s.box, s.values.dtype, at))
-            at = self.pieces[-1].end
+            pieces.append(Piece(s.state, s.name, tuple(s.full_shape), s.matrix, s.box, s.values.dtype, at))
+            at = pieces[-1].end
         devices = {s.values.device for s in counted if s.values.device.type != "cpu"}
         if self._buffer.numel() < at or self._buffer.is_pinned() != bool(devices):
             self._buffer = torch.empty(at, dtype=torch.uint8, pin_memory=bool(devices))
-        for s, piece in zip(counted, self.pieces, strict=True):
+        for s, piece in zip(counted, pieces, strict=True):
             copy = self._buffer[piece.begin : piece.end].view(piece.dtype).view(s.values.shape)
             copy.copy_(s.values, non_blocking=True)
         for device in devices:
             torch.accelerator.synchronize(device)
+        self.pieces = merged(pieces)
 
     def data(self, begin: int, end: int) -> memoryview:
         return self._buffer[begin:end].numpy().data
+
+
+def merged(pieces: Iterable[Piece]) -> list[Piece]:
+    """Pieces that lie behind one another in the buffer and in their tensor as one: q, k and v of a fused weight."""
+    found: list[Piece] = []
+    for piece in pieces:
+        found.append(piece)
+        while len(found) > 1 and (box := _joined(found[-2], found[-1])):
+            del found[-1]
+            found[-1] = replace(found[-1], box=box)
+    return found
+
+
+def _joined(a: Piece, b: Piece) -> Box | None:
+    """The one rectangle that two pieces make, if they do and its bytes are theirs in order."""
+    if (a.state, a.name, a.dtype) != (b.state, b.name, b.dtype):
+        return None
+    x, y = a.box, b.box
+    if x.row == y.row and x.n_rows == y.n_rows == 1 and x.column + x.n_columns == y.column:
+        return Box(x.row, 1, x.column, x.n_columns + y.n_columns)
+    if (x.column, x.n_columns) == (y.column, y.n_columns) and x.row + x.n_rows == y.row:
+        return Box(x.row, x.n_rows + y.n_rows, x.column, x.n_columns)
+    return None
 
 
 @dataclass

@@ -85,6 +85,15 @@ def test_plain_safetensors_reads_a_file_of_one_process(tmp_path):
     assert all(torch.equal(found["/".join(key)], values) for key, values in full.items())
 
 
+def test_pieces_of_a_fused_weight_are_stored_as_one(tmp_path):
+    """q, k and v are three ranges of a shard, along whichever dimension; in one process they are one tensor."""
+    for layout, expected in (((1, 1, False), 1), ((2, 1, False), 3 * 2), ((1, 2, True), 2)):
+        manifest = commit_of(tmp_path / str(layout), ranks_of(full_tensors(), *layout)).manifest
+        assert len(manifest.tensors["weights", "layers.0.attention.qkv.weight"].slices) <= expected
+    one = commit_of(tmp_path / "one", [Toy(full_tensors())]).manifest
+    assert {len(t.slices) for t in one.tensors.values()} == {1}
+
+
 def test_plain_safetensors_accepts_the_files_of_many_ranks(tmp_path):
     full = full_tensors()
     commit_of(tmp_path, ranks_of(full, 2, 2, True), file_bytes=300)

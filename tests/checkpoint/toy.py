@@ -49,8 +49,6 @@ def shard_of(spec: Spec, rank: int, size: int) -> Shard:
     block = spec.shape[spec.dim] // spec.blocks
     each = block // size
     parts = tuple(Part(b * block + rank * each, b * block + (rank + 1) * each) for b in range(spec.blocks))
-    if size == 1:
-        parts = (Part(0, spec.shape[spec.dim]),)
     return Shard(spec.shape, None, spec.dim, parts)
 
 
