@@ -21,17 +21,16 @@ from megatrain.checkpoint.read import Commit, find
 from megatrain.cluster.identity import Identity, identity_of
 from megatrain.cluster.start import connected
 from megatrain.config.build import plain
-from megatrain.data.feed import Feed, held_out
+from megatrain.data.feed import held_out
 from megatrain.data.held_out import HeldOut
 from megatrain.data.shards import HELD_OUT, Manifest, TokenizerEntry
-from megatrain.engine.api import ENGINE, Engine, Parts
 from megatrain.engine.layout import resolve_engine
 from megatrain.nn.batch import Batch
 from megatrain.parallel.mesh import Mesh
-from megatrain.parallel.shard import initialise
-from megatrain.parallel.tensor import TensorParallel
 from megatrain.report.page import write_report
+from megatrain.train.build import build_engine, open_feed
 from megatrain.train.check import refuse
+from megatrain.train.config import Run
 from megatrain.train.folder import RunFolder
 from megatrain.train.hook import Handle, Hook, Record
 from megatrain.train.hooks.console import Console
@@ -41,7 +40,6 @@ from megatrain.train.hooks.metrics import Metrics
 from megatrain.train.hooks.saving import Saving
 from megatrain.train.hooks.wandb import Wandb
 from megatrain.train.resume import commit_to_resume, finished, lineage
-from megatrain.train.run import Run
 from megatrain.train.stop import StopRequest, StopVote
 from megatrain.train.throughput import Throughput
 from megatrain.train.trainer import State, Trainer
@@ -94,21 +92,13 @@ class Session:
         commit = commit_to_resume(run, self.checkpoints)
         self.lineage = lineage(run, commit)
         self.resolved = resolve_engine(run.layout, self.mesh.size)
-        self.engine = self._build_engine()
+        self.engine = build_engine(run, self.tokenizer, self.mesh, self.device)
         self.stack.callback(self.engine.close)
         self._restore(commit)
         self.resumed_at = self.state.step
         if self.rank == 0:
             self._prepare_folder(commit)
-        self.feed = Feed.open(
-            run.data,
-            seed=run.seed,
-            global_batch=run.train.global_batch,
-            dp_rank=self.mesh.axis("dp").rank,
-            dp_size=self.mesh.axis("dp").size,
-            cursors=self.state.cursors,
-            pin_memory=self.device.kind == "cuda",
-        )
+        self.feed = open_feed(run, self.mesh, self.device, self.state.cursors)
         self.stack.callback(self.feed.close)
         self.held_out = self._held_out()
 
@@ -117,25 +107,6 @@ class Session:
         return self.identity.rank
 
     # --------------------------------------------------------------------------------- building
-
-    def _build_engine(self) -> Engine:
-        run = self.run
-        tp = TensorParallel(self.mesh.axis("tp"), run.layout.cuts_sequence)
-        model = run.model.build(n_valid=self.tokenizer.vocab_size, seq_len=run.data.seq_len, tp=tp, seed=run.seed)
-        initialise(model, run.seed)
-        if run.layout.compiles(self.device.kind):
-            model.compile_blocks()
-        self.model = model
-        parts = Parts(
-            model=model,
-            optimizer=run.optimizer,
-            mesh=self.mesh,
-            device=self.device,
-            precision=run.precision,
-            micro_batch=run.layout.micro_batch,
-            zero=self.resolved.zero,
-        )
-        return ENGINE[self.resolved.engine]().build(parts)
 
     def _restore(self, commit: Commit | None) -> None:
         """Take up the state of `commit`, or the weights of another run."""

@@ -1,0 +1,47 @@
+"""A run's engine and feed on one rank of a mesh: what training and verifying share."""
+
+from typing import Any
+
+from megatrain.base.device import Device
+from megatrain.data.feed import Feed
+from megatrain.data.shards import TokenizerEntry
+from megatrain.engine.api import ENGINE, Engine, Parts
+from megatrain.engine.layout import resolve_engine
+from megatrain.parallel.mesh import Mesh
+from megatrain.parallel.shard import initialise
+from megatrain.parallel.tensor import TensorParallel
+from megatrain.train.config import Run
+
+
+def build_engine(run: Run, tokenizer: TokenizerEntry, mesh: Mesh, device: Device) -> Engine:
+    """The engine around a freshly drawn model. All ranks call it together."""
+    resolved = resolve_engine(run.layout, mesh.size)
+    tp = TensorParallel(mesh.axis("tp"), run.layout.cuts_sequence)
+    model = run.model.build(n_valid=tokenizer.vocab_size, seq_len=run.data.seq_len, tp=tp, seed=run.seed)
+    initialise(model, run.seed)
+    if run.layout.compiles(device.kind):
+        model.compile_blocks()
+    parts = Parts(
+        model=model,
+        optimizer=run.optimizer,
+        mesh=mesh,
+        device=device,
+        precision=run.precision,
+        micro_batch=run.layout.micro_batch,
+        zero=resolved.zero,
+    )
+    return ENGINE[resolved.engine]().build(parts)
+
+
+def open_feed(run: Run, mesh: Mesh, device: Device, cursors: dict[str, Any] | None = None) -> Feed:
+    """This rank's rows of each global batch, from `cursors` on."""
+    dp = mesh.axis("dp")
+    return Feed.open(
+        run.data,
+        seed=run.seed,
+        global_batch=run.train.global_batch,
+        dp_rank=dp.rank,
+        dp_size=dp.size,
+        cursors=cursors,
+        pin_memory=device.kind == "cuda",
+    )

@@ -1,0 +1,221 @@
+"""The proof for one's own run: its first steps under a layout beside the same steps of one process.
+
+Both sides run with gloo ranks on this machine, in float32, on the run's own data, with AdamW. After the first step
+AdamW's first moment is (1 - beta1) times the gradient that was applied, whatever engine reduced, sharded and clipped
+it; so checkpoints of both sides, which hold full tensors, are all that must be compared.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatrain.base.device import Device
+from megatrain.base.errors import ConfigError, RunError, did_you_mean
+from megatrain.base.files import read_json, write_json
+from megatrain.base.log import start_logging
+from megatrain.checkpoint.checkpoints import Checkpoints
+from megatrain.checkpoint.read import Reader, find
+from megatrain.cluster.identity import identity_of
+from megatrain.cluster.local_ranks import run_local_ranks
+from megatrain.cluster.start import connected
+from megatrain.engine.api import Precision
+from megatrain.engine.layout import Layout
+from megatrain.optim.kinds.adamw import AdamW
+from megatrain.parallel.mesh import Mesh
+from megatrain.train.build import build_engine, open_feed
+from megatrain.train.check import refuse
+from megatrain.train.config import Run, read_run
+
+LOSS, NORM, GRADIENT = 1e-5, 1e-5, 1e-4
+"""Largest relative differences that count as equal in float32: of the losses, the norms, each full gradient."""
+
+EPS = 1e-4
+"""AdamW's eps on both sides. Where a gradient is almost nothing a small one makes a full step of its rounding error."""
+
+AXES = ("tp", "pp", "cp", "ep", "dp")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A full tensor that is not what one process gives."""
+
+    name: str
+    relative: float
+    suspect: str
+    """The collective that feeds it, and over which axis."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Largest relative differences, and the tensors whose gradients differ by more than `GRADIENT`, worst first."""
+
+    layout: str
+    steps: int
+    loss: float
+    norm: float
+    gradients: float
+    differences: tuple[Difference, ...] = ()
+
+    @property
+    def equal(self) -> bool:
+        return self.loss <= LOSS and self.norm <= NORM and self.gradients <= GRADIENT
+
+    def line(self) -> str:
+        figures = f"loss {self.loss:.0e} norm {self.norm:.0e} gradients {self.gradients:.0e}"
+        if self.equal:
+            return f"equal: {figures}"
+        if self.differences:
+            worst = self.differences[0]
+            return f"differs: {worst.name} ({worst.suspect}) by {worst.relative:.0e}; {figures}"
+        return f"differs: the losses or norms only; {figures}"
+
+
+def layout_of(text: str, base: Layout) -> tuple[Layout, int]:
+    """The layout that `tp=2,dp=2,zero=1` describes, and its number of ranks.
+
+    Axes that are not named have size 1 and `zero` is 0; what else `base` says stays.
+
+    Raises:
+        ConfigError: a word is not a key of the layout, or not of its type.
+    """
+    named: dict[str, Any] = dict.fromkeys(AXES, 1) | {"zero": 0}
+    hints = {f.name: f for f in dataclasses.fields(Layout)}
+    for word in filter(None, text.split(",")):
+        key, equals, value = (part.strip() for part in word.partition("="))
+        if not equals or key not in hints:
+            raise ConfigError(f"--layout {text}: {key!r} is no key of a layout: {did_you_mean(key, hints)}")
+        named[key] = json.loads(value) if value.isdecimal() or value in ("true", "false") else value
+    layout = dataclasses.replace(base, **named)
+    if problems := layout.problems():
+        raise ConfigError([f"--layout {text}: {problem}" for problem in problems])
+    return layout, layout.tp * layout.pp * layout.cp * (layout.dp or 1)
+
+
+def verify(run_file: str, overrides: Sequence[str], layout: str, steps: int) -> Verdict:
+    """Compare `steps` steps of a run under `layout` with the same steps of one process.
+
+    Raises:
+        ConfigError: the run or the layout is wrong.
+        RunError: a side did not come to its end.
+    """
+    run = read_run(run_file, overrides).run
+    chosen, world = layout_of(layout, run.layout)
+    refuse(prepared(run, chosen), world)
+    with tempfile.TemporaryDirectory(prefix="megatrain-verify-") as name:
+        folder = Path(name)
+        for side, text, n in (("one", "engine=plain", 1), ("many", layout, world)):
+            command = [sys.executable, "-m", "megatrain.train.verify", run_file, text, str(steps), str(folder / side)]
+            code = run_local_ranks(n, [*command, *overrides])
+            if code:
+                raise RunError(f"the side of {'one process' if n == 1 else layout} ended with exit code {code}")
+        return compare(folder / "one", folder / "many", layout, steps, chosen)
+
+
+def prepared(run: Run, layout: Layout) -> Run:
+    """The run as both sides compute it: float32, on CPU, AdamW with the run's own rate and clip."""
+    optimizer = run.optimizer
+    if not isinstance(optimizer, AdamW):
+        optimizer = AdamW(lr=optimizer.lr, clip=optimizer.clip)
+    optimizer = dataclasses.replace(optimizer, eps=EPS)
+    layout = dataclasses.replace(layout, device="cpu")
+    return dataclasses.replace(run, layout=layout, precision=Precision(), optimizer=optimizer)
+
+
+# ------------------------------------------------------------------------------------------------ one side
+
+
+def measure(run_file: str, layout_text: str, steps: int, folder: Path, overrides: Sequence[str]) -> None:
+    """This rank's part of one side: losses and norms to `folder`/numbers.json, and the state after step 1."""
+    identity = identity_of(os.environ)
+    start_logging(identity.rank)
+    run = read_run(run_file, overrides).run
+    run = prepared(run, layout_of(layout_text, run.layout)[0])
+    torch.set_num_threads(1)
+    with connected(identity, Device.of("cpu")):
+        mesh = run.layout.mesh(identity.world).at(identity.rank)
+        take_steps(run, mesh.connect() if identity.world > 1 else mesh, steps, folder)
+
+
+def take_steps(run: Run, mesh: Mesh, steps: int, folder: Path) -> None:
+    """Take `steps` steps from the start of the run as one rank of `mesh`, and write down what `compare` reads."""
+    device = Device.of("cpu")
+    engine = build_engine(run, refuse(run, mesh.size), mesh, device)
+    checkpoints = Checkpoints(folder, mesh.axis("world"))
+    losses, norms = [], []
+    with open_feed(run, mesh, device) as feed:
+        for step in range(1, steps + 1):
+            report = engine.step(next(feed), run.optimizer.lr * run.schedule.lr_factor(step, run.total_steps))
+            losses.append(float(report.loss))
+            norms.append(float(report.grad_norm))
+            if step == 1:
+                checkpoints.save(step, engine.slices(), {}, {}, asynchronous=False)
+    if mesh.rank == 0:
+        write_json(folder / "numbers.json", {"losses": losses, "norms": norms})
+    checkpoints.close()
+    engine.close()
+
+
+# ------------------------------------------------------------------------------------------------ comparing
+
+
+def compare(one: Path, many: Path, layout_text: str, steps: int, layout: Layout) -> Verdict:
+    """What differs between the two sides."""
+    numbers, theirs = (read_json(side / "numbers.json") for side in (one, many))
+    loss = max(map(relative, numbers["losses"], theirs["losses"]))
+    norm = max(map(relative, numbers["norms"], theirs["norms"]))
+    a, b = (find(side / "step-00000001").reader() for side in (one, many))
+    found = sorted(_gradient_differences(a, b, layout), key=lambda d: -d.relative)
+    worst = found[0].relative if found else 0.0
+    return Verdict(layout_text, steps, loss, norm, worst, tuple(d for d in found if not d.relative <= GRADIENT))
+
+
+def _gradient_differences(a: Reader, b: Reader, layout: Layout) -> list[Difference]:
+    return [
+        Difference(name, _distance(a.read_full(name, "exp_avg"), b.read_full(name, "exp_avg")), _suspect(name, layout))
+        for name in a.names("exp_avg")
+    ]
+
+
+def relative(x: float, y: float) -> float:
+    """|x - y| relative to |x|; infinite where one is no number."""
+    if x == y:
+        return 0.0
+    difference = abs(x - y) / max(abs(x), 1e-30)
+    return difference if difference == difference else float("inf")
+
+
+def _distance(x: Tensor, y: Tensor) -> float:
+    """Largest difference of two tensors, relative to the largest entry of the first."""
+    scale = float(x.abs().max())
+    difference = float((x - y).abs().max())
+    if difference == 0:
+        return 0.0
+    return difference / max(scale, 1e-30) if difference == difference else float("inf")
+
+
+def _suspect(name: str, layout: Layout) -> str:
+    """Which collective makes the gradient of a parameter whole under this layout."""
+    column = (".to_qkv.", ".gate_up.", ".up.")
+    row = (".to_out.", ".down.")
+    if layout.tp > 1 and any(part in name for part in column):
+        return "the sum of input gradients behind a column-parallel product, axis tp"
+    if layout.tp > 1 and any(part in name for part in row):
+        return "the sum of a row-parallel product's outputs, axis tp"
+    if layout.tp > 1 and ("embedding" in name or "head" in name):
+        return "the vocabulary cut of embedding and loss, axis tp"
+    if layout.tp > 1:
+        return "all-reduce of replicated parameters' gradients, axis tp"
+    return "gradient reduction, axis dp"
+
+
+if __name__ == "__main__":
+    measure(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]), sys.argv[5:])
