@@ -113,7 +113,7 @@ def _search(
             _write(prompt + text)
         complete = found.tokens[-1] == loaded.tokenizer.end_of_document
         n = len(found.tokens) - complete
-        ended = "end of document" if complete else "max_tokens" if n == beam.max_tokens else "positions"
+        ended = "end_of_document" if complete else "max_tokens" if n == beam.max_tokens else "positions"
         facts = {"tokens": n, "ended": ended, "log_probability": found.log_probability}
         n_read = len(encode_prompt(loaded, prompt)) + n
         _conclude(loaded, prompt, text, facts | {"tokens_per_second": round(n / seconds, 1)}, as_json, n_read)

@@ -94,6 +94,5 @@ def top_p(logits: Tensor, p: float) -> Tensor:
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """The token in whose share of [0, 1) `uniform` falls, never one of probability 0: [b, v], [b] -> int64 [b]."""
     ends = probabilities.cumsum(-1)
-    at = uniform[:, None] * ends[:, -1:]
-    at = at.minimum(ends[:, -1:].nextafter(torch.zeros_like(at)))  # rounding may have made it the end itself
+    at = uniform[:, None] * ends[:, -1:]  # below the end even when rounded: no float64 lies between 1 - 2**-53 and 1
     return torch.searchsorted(ends, at, right=True).squeeze(-1)

@@ -66,7 +66,7 @@ class Continuation:
         self.prompt, self.n_prompt, self.ids, self.uniforms = prompt, len(ids), ids, uniforms
         self.text = ""
         self.ended: str | None = None
-        """Why nothing follows: end of document, stop, max_tokens, or positions (the model knows no further ones)."""
+        """Why nothing follows: end_of_document, stop, max_tokens, or positions (the model knows no further ones)."""
         self._end, self._longest = loaded.tokenizer.end_of_document, longest(loaded)
         self._characters, self._stops = TextStream(loaded.tokenizer, ids), StopStrings(stop)
 
@@ -78,13 +78,13 @@ class Continuation:
     def accept(self, token: int) -> str:
         """The next token was chosen; the text that this adds."""
         if token == self._end:
-            return self._finish("end of document")
+            return self._finish("end_of_document")
         self.ids.append(token)
         piece = self._stops.push(self._characters.push(token))
         self.text += piece
         if self._stops.found:
             self.ended = "stop"
-        elif len(self.tokens) == len(self.uniforms):
+        elif len(self.ids) == self.n_prompt + len(self.uniforms):
             piece += self._finish("max_tokens")
         elif len(self.ids) == self._longest + 1:  # the last one was chosen, and cannot be read
             piece += self._finish("positions")

@@ -24,12 +24,16 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()):
         self._tokenizer = tokenizer
-        self._window = list(context)  # tokens that are decoded together
+        added = tokenizer.backend.get_added_tokens_decoder().items()
+        self._special = {i for i, token in added if token.special}
+        self._window = [i for i in context if i not in self._special]  # tokens that are decoded together
         self._printed = len(self._window)  # so many of them were printed before
         self._printed_text = tokenizer.decode(self._window)
 
     def push(self, token: int) -> str:
         """The text that this token makes certain; often its own, "" where it ends within a character."""
+        if token in self._special:  # no text; and bytes before and after it make one group
+            return ""
         self._window.append(token)
         # Tokens that are single bytes decode as a group, so the group is waited for.
         if _BYTE.fullmatch(self._tokenizer.backend.id_to_token(token) or ""):

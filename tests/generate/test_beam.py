@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 
 import pytest
 import torch
@@ -86,6 +87,42 @@ def test_texts_come_best_first_and_once(seed, penalty):
     scores = [beam.score(h.log_probability, len(h.tokens)) for h in found]
     assert scores == sorted(scores, reverse=True)
     assert len({h.tokens for h in found}) == len(found)
+
+
+class Table:
+    """A model whose next-token probabilities are a function of the whole text; its cache holds that text."""
+
+    def __init__(self, probabilities):
+        self.probabilities = probabilities
+
+    def decode(self, tokens, cache, latest):
+        texts, _ = cache.extend("text", tokens[:, None, :, None].double(), tokens[:, None, :, None])
+        cache.length += tokens.shape[1]
+        rows = [self.probabilities(tuple(map(int, text))) for text in texts.flatten(1)]
+        return torch.tensor(rows, dtype=torch.float64).log()[:, None]
+
+
+def test_greedy_is_followed_although_a_beam_alone_would_drop_it():
+    """After two tokens both beams begin with 1; but what they gained, they lose at the third."""
+    then = {
+        (0,): [0.4, 0.35, 0.25],
+        (0, 0): [0.34, 0.33, 0.33],
+        (0, 1): [0.499, 0.5, 0.001],
+        (0, 0, 0): [0.001, 0.998, 0.001],
+    }
+    model = Table(lambda text: then.get(text, [1 / 3] * 3))
+    best, *others = search(model, [0], 3, Beam(width=2), -1, CPU)
+    assert (best.tokens, best.greedy) == ((0, 0, 1), True)
+    assert best.log_probability == pytest.approx(math.log(0.4 * 0.34 * 0.998))
+    assert {h.tokens[0] for h in others} == {1}
+
+
+def test_a_complete_text_is_no_reason_to_stop_while_a_longer_one_may_still_win():
+    """2 ends a text at once with 0.55; 1 0 2 has 0.43, which a penalty for length makes the better one."""
+    then = {(0,): [0.01, 0.44, 0.55], (0, 1): [0.99, 0.005, 0.005], (0, 1, 0): [0.005, 0.005, 0.99]}
+    model = Table(lambda text: then.get(text, [1 / 3] * 3))
+    found = {a: search(model, [0], 3, Beam(width=2, length_penalty=a), 2, CPU)[0].tokens for a in (0.0, 2.0)}
+    assert found == {0.0: (2,), 2.0: (1, 0, 2)}
 
 
 def test_one_beam_is_greedy():

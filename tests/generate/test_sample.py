@@ -187,7 +187,7 @@ def ends_after(of, prompt: str, n: int):
 def test_a_row_ends_at_the_end_of_its_document_and_the_others_go_on():
     of = ends_after(loaded(), "z", 2)
     rows = continued(of, PROMPTS, Choosing(temperature=0))
-    assert [row.ended for row in rows if row.prompt == "z"] == ["end of document"]
+    assert [row.ended for row in rows if row.prompt == "z"] == ["end_of_document"]
     (z,) = (row for row in rows if row.prompt == "z")
     assert len(z.tokens) == 2
     assert z.text == tokenizer().decode(z.tokens)
@@ -203,6 +203,12 @@ def test_text_ends_before_a_stop_string():
     assert stopped.text == free.text[: free.text.index(free.text[3:5])]
     assert stopped.ended == "stop"
     assert len(stopped.tokens) < len(free.tokens)
+
+
+def test_what_began_like_a_stop_string_is_text_when_nothing_follows():
+    (free,) = continued(loaded(), ["a"])
+    (held,) = continued(loaded(), ["a"], stop=(free.text[-1] + "\x00never",))
+    assert (held.text, held.ended) == (free.text, "max_tokens")
 
 
 def test_an_empty_prompt_begins_a_document():
