@@ -7,6 +7,7 @@ from megatrain.data.feed import Feed
 from megatrain.data.shards import TokenizerEntry
 from megatrain.engine.api import ENGINE, Engine, Parts
 from megatrain.engine.layout import resolve_engine
+from megatrain.models.recompute import SELECTIVE, recompute
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.shard import initialise
 from megatrain.parallel.tensor import TensorParallel
@@ -19,8 +20,13 @@ def build_engine(run: Run, tokenizer: TokenizerEntry, mesh: Mesh, device: Device
     tp = TensorParallel(mesh.axis("tp"), run.layout.cuts_sequence)
     model = run.model.build(n_valid=tokenizer.vocab_size, seq_len=run.data.seq_len, tp=tp, seed=run.seed)
     initialise(model, run.seed)
+    inside = run.layout.recompute == SELECTIVE  # a part of the block, so the compiler must see it
+    if inside:
+        recompute(model.layers, run.layout.recompute)
     if run.layout.compiles(device.kind):
         model.compile_blocks()
+    if not inside:
+        recompute(model.layers, run.layout.recompute)
     parts = Parts(
         model=model,
         optimizer=run.optimizer,

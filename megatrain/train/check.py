@@ -7,6 +7,7 @@ from megatrain.base.files import sha256_of
 from megatrain.data.shards import TokenizerEntry
 from megatrain.data.stream import Order, Stream
 from megatrain.engine.layout import layout_problems
+from megatrain.models.recompute import unmatched
 from megatrain.train.config import Run
 
 
@@ -36,6 +37,7 @@ def problems_of(run: Run, world: int) -> list[str]:
         run.layout, world, run.train.global_batch, seq_len=run.data.seq_len, precision=run.precision
     )
     found += run.model.layout_problems(run.layout.tp)
+    found += unmatched(run.model.n_layers, run.layout.recompute)
     warmup = getattr(run.schedule, "warmup", 0)
     if warmup > run.total_steps:
         found.append(

@@ -119,6 +119,7 @@ REFUSED: list[tuple[str, dict[str, Any], list[str], str]] = [
     ("micro batch", {"layout__micro_batch": 3}, [], "layout.micro_batch=3 does not divide"),
     ("tensor parallel", {"layout__tp": 3}, [], "tp x pp x cp = 3 x 1 x 1 = 3 does not divide the 1 ranks"),
     ("data parallel", {"layout__dp": 2}, [], "layout.dp=2"),
+    ("recompute", {"layout__recompute": "[7-9]"}, [], "matches no block number from 0 to 1"),
     ("engine", {"layout__engine": "deepsped"}, [], "did you mean deepspeed?"),
     ("stage", {"layout__zero": 5}, [], "zero=5"),
     ("plain with stages", {"layout__engine": "plain", "layout__zero": 2}, [], "plain engine shards nothing"),

@@ -1,0 +1,45 @@
+"""Activation recomputation: keep a layer's input and run it again in backward, rather than keep all it made
+(Chen et al. 2016, arXiv:1604.06174; selective: Korthikanti et al. 2022, arXiv:2205.05198, section 5).
+
+Dropout masks are functions of the element, so the second forward drops what the first did without any saved state.
+"""
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+NONE, SELECTIVE, FULL = "none", "selective", "full"
+
+
+def recompute(layers: nn.ModuleDict, what: str) -> None:
+    """Make the blocks in `layers` recompute.
+
+    Args:
+        what: none; selective (the attention of every block, whose activations grow fastest with the sequence and are
+            cheap to make again); full (every block); or a shell pattern over block numbers: `[0-9]`, `*[02468]`.
+    """
+    for name, block in layers.items():
+        if what == SELECTIVE:
+            block.attention.forward = _again(block.attention.forward)
+        elif what == FULL or (what != NONE and fnmatchcase(name, what)):
+            block.forward = _again(block.forward)
+
+
+def unmatched(n_layers: int, what: str) -> list[str]:
+    """A sentence if `what` is a pattern that matches no block."""
+    if what in (NONE, SELECTIVE, FULL) or any(fnmatchcase(str(i), what) for i in range(n_layers)):
+        return []
+    return [
+        f"layout.recompute is {what!r}, which is none of {NONE}, {SELECTIVE}, {FULL} and matches no block number "
+        f"from 0 to {n_layers - 1}: use one of them, or a pattern such as [0-3]"
+    ]
+
+
+def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
+
+    return run
