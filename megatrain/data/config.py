@@ -3,8 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from megatrain.data.cache import Cache
+from megatrain.data.corpus import Corpus
 from megatrain.data.packing import PACKING, Packing
 from megatrain.data.packing.concat import Concat
+from megatrain.data.store import problems as address_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +15,8 @@ class WeightedSource:
     """A data set of a mixture."""
 
     path: str
-    """Folder of a data set, as `megatrain data build` makes it."""
+    """Folder of a data set, as `megatrain data build` makes it; or its address: https://..., s3://..., or a command
+    that writes the file `{}` to its output, `pipe:ssh host cat /data/{}`."""
     weight: float = 1.0
     """Share of the tokens, relative to the other sources."""
 
@@ -36,6 +40,14 @@ class Data:
     workers: int = 1
     """Processes that read ahead for each rank; 0 reads in the training process itself."""
 
+    cache: Cache = field(default_factory=Cache)
+    allow_pipe: bool = False
+    """Sources may be commands (`pipe:`), which are run on every machine of the run."""
+
+    def corpora(self, split: str, seed: int) -> list[Corpus]:
+        """The sources, opened."""
+        return [Corpus(source.path, split, seed, self.cache, self.allow_pipe) for source in self.sources]
+
     def problems(self) -> list[str]:
         found = []
         if not self.sources:
@@ -44,6 +56,7 @@ class Data:
         for path in sorted({p for p in paths if paths.count(p) > 1}):
             found.append(f"data.sources names {path} more than once: name it once and raise its weight")
         for i, source in enumerate(self.sources):
+            found += [f"data.sources.{i}.path: {p}" for p in address_problems(source.path, self.allow_pipe)]
             if not source.weight > 0:
                 found.append(
                     f"data.sources.{i}.weight is {source.weight}: it must be above 0; leave the source out instead"

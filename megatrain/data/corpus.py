@@ -11,6 +11,7 @@ a stream of exactly as many tokens as the split has. Slot s of S reads its S-th 
 A document that lies across the border of two slots' parts is read by both, each its own part of the tokens.
 """
 
+import json
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,8 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatrain.base.errors import DataError
+from megatrain.data.cache import Cache
 from megatrain.data.order import permutation
-from megatrain.data.shards import Manifest, Shard, TokenizerEntry
+from megatrain.data.remote import RemoteShard
+from megatrain.data.shards import MANIFEST, Manifest, Shard, ShardEntry, TokenizerEntry, check_paths
+from megatrain.data.store import Store, is_remote, open_store, read_whole, redacted
 
 _FEW = 6  # documents that are copied faster one by one than gathered
 _OPEN_SHARDS = 512  # shuffled shards kept at once, at 24 bytes a document
@@ -83,21 +87,28 @@ class ShuffledShard:
 class Corpus:
     """One split of a data set, in the order that a seed gives it."""
 
-    def __init__(self, folder: Path, split: str, seed: int):
-        self.folder, self.seed = folder, seed
-        self.manifest = Manifest.read(folder)
+    def __init__(self, address: str, split: str, seed: int, cache: Cache | None = None, allow_pipe: bool = False):
+        self.name, self.seed = redacted(address), seed
+        store = open_store(address, allow_pipe) if is_remote(address) else None
+        self.manifest = Manifest.read(Path(address)) if store is None else _remote_manifest(store)
         self.fingerprint = self.manifest.fingerprint
         if split not in self.manifest.splits or not self.manifest.splits[split].tokens:
             full = [name for name, s in self.manifest.splits.items() if s.tokens]
             raise DataError(
-                f"{folder} has nothing in its {split} split (it has: {', '.join(full) or 'nothing at all'}): build it "
-                "from more text"
+                f"{self.name} has nothing in its {split} split (it has: {', '.join(full) or 'nothing at all'}): build "
+                "it from more text"
             )
         self.split = self.manifest.splits[split]
         self.n_tokens = self.split.tokens
-        self.shards = [Shard.of(folder, entry, self.manifest.dtype) for entry in self.split.shards]
+        self.shards = [self._open(entry, address, store, cache or Cache()) for entry in self.split.shards]
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._shuffled: OrderedDict[tuple[int, int], ShuffledShard] = OrderedDict()
+
+    def _open(self, entry: ShardEntry, address: str, store: Store | None, cache: Cache) -> Shard:
+        if store is None:
+            return Shard.of(Path(address), entry, self.manifest.dtype)
+        check_paths(entry, self.name)
+        return RemoteShard(store, entry, self.manifest.dtype, cache)
 
     def part(self, slot: int, n_slots: int) -> tuple[int, int]:
         """The range of every epoch that a slot reads."""
@@ -121,7 +132,7 @@ class Corpus:
             begin, end = int(shards.begin[place]), int(shards.end[place])
             upto = min(stop, end)
             if upto > start:  # a shard may be empty
-                yield Stretch(self._shuffle(epoch, int(shards.order[place])), start - begin, upto - begin)
+                yield Stretch(self._shuffle(epoch, shards, place), start - begin, upto - begin)
             start, place = upto, place + 1
 
     def _epoch(self, epoch: int) -> "_Epoch":
@@ -132,10 +143,15 @@ class Corpus:
             _keep(self._epochs, epoch, _Epoch(order, end - length, end), 4)
         return self._epochs[epoch]
 
-    def _shuffle(self, epoch: int, number: int) -> ShuffledShard:
+    def _shuffle(self, epoch: int, shards: "_Epoch", place: int) -> ShuffledShard:
+        """The shard at a place of the epoch's order."""
+        number = int(shards.order[place])
         key = (epoch, number)
         if key not in self._shuffled:
             shard = self.shards[number]
+            shard.prepare()
+            if place + 1 < len(shards.order):  # the slot that reads this one comes to the next
+                self.shards[shards.order[place + 1]].prepare()
             order = permutation(len(shard.length), self.seed, "documents", self.fingerprint, epoch, number)
             _keep(self._shuffled, key, ShuffledShard(shard, order), _OPEN_SHARDS)
         self._shuffled.move_to_end(key)
@@ -149,6 +165,14 @@ class _Epoch:
     order: NDArray[np.int64]
     begin: NDArray[np.int64]
     end: NDArray[np.int64]
+
+
+def _remote_manifest(store: Store) -> Manifest:
+    origin = f"{store.name}/{MANIFEST}"
+    try:
+        return Manifest.parse(json.loads(read_whole(store, MANIFEST)), origin)
+    except ValueError as error:
+        raise DataError(f"{origin} is not JSON ({error}): check the address, or upload the data set again") from error
 
 
 def _keep(cache: OrderedDict, key: object, value: object, limit: int) -> None:
@@ -168,12 +192,10 @@ def common_tokenizer(corpora: list[Corpus]) -> TokenizerEntry:
     for other in corpora[1:]:
         if other.manifest.tokenizer.fingerprint != first.manifest.tokenizer.fingerprint:
             raise DataError(
-                f"{first.folder} and {other.folder} were made with different tokenizers "
+                f"{first.name} and {other.name} were made with different tokenizers "
                 f"({first.manifest.tokenizer.fingerprint[:12]} and {other.manifest.tokenizer.fingerprint[:12]}): build "
                 "both with the same one (--tokenizer FILE)"
             )
         if other.fingerprint == first.fingerprint:
-            raise DataError(
-                f"{first.folder} and {other.folder} hold the same data set: name it once and raise its weight"
-            )
+            raise DataError(f"{first.name} and {other.name} hold the same data set: name it once and raise its weight")
     return first.manifest.tokenizer

@@ -1,13 +1,12 @@
 """A pass over held-out documents: finite, the same in every run, every token once."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
 from megatrain.data import mixture
 from megatrain.data.config import Data
-from megatrain.data.corpus import Corpus, common_tokenizer
+from megatrain.data.corpus import common_tokenizer
 from megatrain.data.rows import Arrays, Rows, check_vocabulary, empty
 from megatrain.data.shards import HELD_OUT
 
@@ -20,7 +19,7 @@ class HeldOut:
 
     def __init__(self, data: Data, vocab_size: int | None = None):
         self.data = data
-        self.corpora = [Corpus(Path(source.path), HELD_OUT, _SEED) for source in data.sources]
+        self.corpora = data.corpora(HELD_OUT, _SEED)
         self.tokenizer = common_tokenizer(self.corpora)
         self.vocab_size = vocab_size or self.tokenizer.vocab_size
 

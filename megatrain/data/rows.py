@@ -171,7 +171,7 @@ def _pieces_of(written: Written) -> Iterator[Piece]:
     lengths = shard.lengths(first, last, start, stop).tolist()
     offset = start - int(shard.begin[first])
     for number, length in zip(shard.order[first:last].tolist(), lengths, strict=True):
-        yield Piece(row, column, length, offset, shard.shard.document_id(number), str(shard.shard.tar))
+        yield Piece(row, column, length, offset, shard.shard.document_id(number), shard.shard.name)
         column, offset = column + length, 0
 
 

@@ -27,12 +27,12 @@ from safetensors.numpy import save_file
 
 from megatrain.base.errors import DataError
 from megatrain.base.files import fsync_folder, read_json, sha256_of, write_json
+from megatrain.data import tar
 
 VERSION = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 TRAIN, HELD_OUT = "train", "held_out"
-_BLOCK = 512  # a tar aligns every member to blocks of this many bytes
 
 Tokens = NDArray[np.integer[Any]]
 
@@ -205,8 +205,6 @@ class ShardWriter:
     entry: ShardEntry
 
     def __init__(self, folder: Path, split: str, number: int, dtype: str):
-        import webdataset  # loads torch, which the processes that only read shards must not wait for
-
         self.folder = folder
         self.path, self.index = f"{split}/shard-{number:06d}.tar", f"{split}/shard-{number:06d}.index"
         self.dtype = np.dtype(dtype).newbyteorder("<")
@@ -217,8 +215,6 @@ class ShardWriter:
         self._aside = folder / split / f".shard-{number:06d}.tar.{os.getpid()}.tmp"
         self._file = open(self._aside, "wb")  # noqa: SIM115
         self._digest = _Digest(self._file)
-        # No time stamp and no owner: the same documents give the same bytes.
-        self._tar = webdataset.TarWriter(self._digest, user="", group="", mtime=0, encoder=False)
 
     @property
     def documents(self) -> int:
@@ -227,7 +223,7 @@ class ShardWriter:
     @property
     def bytes(self) -> int:
         """Size of the tar so far."""
-        return self._tar.tarstream.offset
+        return self._digest.bytes
 
     def write(self, document: str, tokens: Tokens, text_bytes: int, metadata: dict[str, Any] | None = None) -> None:
         """Append a document.
@@ -246,19 +242,17 @@ class ShardWriter:
                 f"document {document!r}: {len(tokens)} tokens that must be some, and fit {self.dtype.name}"
             )
         payload = np.ascontiguousarray(tokens, dtype=self.dtype).tobytes()
-        sample: dict[str, Any] = {"__key__": f"{self.documents:09d}", "tokens": payload}
-        if metadata:
-            sample["json"] = json.dumps(metadata, ensure_ascii=False).encode()
-        self._tar.write(sample)
-        self._tar.tarstream.members.clear()  # tarfile would remember every member it wrote
-        padded = -(-len(payload) // _BLOCK) * _BLOCK  # members are written by name, so "tokens" came last
-        self._rows.append((self.bytes - padded, len(tokens), zlib.crc32(payload), text_bytes))
+        if metadata:  # members stand in the order of their names
+            described = json.dumps(metadata, ensure_ascii=False).encode()
+            self._digest.write(tar.member(b"%09d.json" % self.documents, described))
+        self._rows.append((self.bytes + tar.BLOCK, len(tokens), zlib.crc32(payload), text_bytes))
+        self._digest.write(tar.member(b"%09d.tokens" % self.documents, payload))
         self._ids.append(document.encode())
         self.tokens += len(tokens)
 
     def close(self) -> ShardEntry:
         """Flush and publish the tar and its index."""
-        self._tar.close()
+        self._digest.write(tar.end(self.bytes))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -291,7 +285,6 @@ class ShardWriter:
     def discard(self) -> None:
         """Leave nothing behind."""
         with contextlib.suppress(OSError):  # the disk may be full
-            self._tar.close()  # before its file: a tar stream that is open writes to it when it is collected
             self._file.close()
         self._aside.unlink(missing_ok=True)
 
@@ -318,6 +311,7 @@ class Shard:
     def __init__(self, tar: Path, index: Path, entry: ShardEntry, dtype: str):
         self.tar, self.index, self.entry = tar, index, entry
         self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.name = str(tar)
 
     @classmethod
     def of(cls, folder: Path, entry: ShardEntry, dtype: str) -> Self:
@@ -326,16 +320,18 @@ class Shard:
         Raises:
             DataError: the manifest names a file outside its folder.
         """
-        for path in (entry.path, entry.index):
-            if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-                raise DataError(
-                    f"the manifest of {folder} names {path!r}, outside its folder: do not use this data set"
-                )
+        check_paths(entry, str(folder))
         return cls(folder / entry.path, folder / entry.index, entry, dtype)
+
+    def prepare(self) -> None:
+        """Documents of this shard will be read soon."""
 
     @cached_property
     def ids(self) -> Tokens:
         """All of the tar as token ids, memory-mapped: documents are ranges of it, tar headers the rest."""
+        return self._map()
+
+    def _map(self) -> Tokens:
         size = self.tar.stat().st_size if self.tar.exists() else None
         if size != self.entry.bytes:
             found = "is missing" if size is None else f"has {size} bytes"
@@ -432,3 +428,10 @@ class Shard:
 
 
 _UNKNOWN, _SOUND, _DAMAGED = 0, 1, 2
+
+
+def check_paths(entry: ShardEntry, origin: str) -> None:
+    """Refuse a shard whose files are not inside its data set."""
+    for path in (entry.path, entry.index):
+        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+            raise DataError(f"the manifest of {origin} names {path!r}, outside its folder: do not use it")

@@ -1,7 +1,6 @@
 """Batch after batch, as arrays: what the feed hands out, worked out in the training process or in a worker."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatrain.base.errors import ConfigError, DataError
@@ -44,7 +43,7 @@ class Stream:
         data = order.data
         if problems := data.problems() + data.batch_problems(order.global_batch, order.dp_size):
             raise ConfigError(problems)
-        self.corpora = [Corpus(Path(source.path), order.split, order.seed) for source in data.sources]
+        self.corpora = data.corpora(order.split, order.seed)
         self.tokenizer = common_tokenizer(self.corpora)
         self.vocab_size = order.vocab_size or self.tokenizer.vocab_size
         _check_sizes(self.corpora, order)
@@ -56,7 +55,7 @@ class Stream:
         self.own = range(order.dp_rank * per_rank, (order.dp_rank + 1) * per_rank)
 
     def _names(self) -> tuple[list[str], list[str]]:
-        return [corpus.fingerprint for corpus in self.corpora], [source.path for source in self.order.data.sources]
+        return [corpus.fingerprint for corpus in self.corpora], [corpus.name for corpus in self.corpora]
 
     def cursors(self) -> dict[str, Any]:
         """Where all slots stand, as JSON values."""
@@ -105,6 +104,6 @@ def _check_sizes(corpora: list[Corpus], order: Order) -> None:
     for corpus in corpora:
         if corpus.n_tokens < order.n_slots:
             raise DataError(
-                f"{corpus.folder} has {corpus.n_tokens} tokens in its {order.split} split, fewer than the "
+                f"{corpus.name} has {corpus.n_tokens} tokens in its {order.split} split, fewer than the "
                 f"{order.n_slots} slots that share them: leave it out, or lower data.slots"
             )
