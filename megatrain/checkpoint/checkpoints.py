@@ -94,10 +94,15 @@ class Checkpoints:
 
         def take() -> str:
             self.lease = Lease.take(run_folder)
-            known = self.commits()
-            return run_identity(run_folder, known[-1].manifest.facts.get("run") if known else None)
+            return run_identity(run_folder, self._run_of_commits())
 
         self.run = self._on_rank_0(take)
+
+    def _run_of_commits(self) -> str | None:
+        for _, folder in candidates(self.storage):
+            with contextlib.suppress(CheckpointError):
+                return Commit.open(self.storage, folder).manifest.facts.get("run")
+        return None
 
     def _check_lease(self) -> None:
         if self.lease is not None:
@@ -172,9 +177,8 @@ class Checkpoints:
 
     def _save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
         folder = folder_of(step)
-        staging = self.storage.staging(folder)
         needed = self._exchange.gather(self._copy.bytes)
-        self._on_rank_0(lambda: self._prepare(staging, sum(needed)))
+        staging = self._on_rank_0(lambda: self._prepare(folder, sum(needed)))
         self._fault("before the files")
         reports = self._exchange.gather(self._write(staging))
         self._fault("after the files")
@@ -188,8 +192,10 @@ class Checkpoints:
             log("saved step %d to %s", step, self.storage.describe(folder))
             self._retire()
 
-    def _prepare(self, staging: str, needed: int) -> None:
+    def _prepare(self, folder: str, needed: int) -> str:
+        """The empty staging folder of a save that may go on."""
         self._check_lease()
+        staging = self.storage.staging(folder)
         try:
             self._sweep()
             free = self.storage.free_bytes()
@@ -199,6 +205,7 @@ class Checkpoints:
             self._fault("after the folder")
         except OSError as error:
             raise refusal(error, "preparing a checkpoint", self.storage, needed) from None
+        return staging
 
     def _write(self, staging: str) -> dict[str, Any]:
         """This rank's report: what it wrote, or why it could not."""
@@ -269,7 +276,7 @@ class Checkpoints:
         whole = {folder for _, folder in candidates(self.storage)}
         for folder in self.storage.folders():
             if folder.startswith(".step-") and folder not in whole:
-                self.storage.delete(folder, COMMIT)
+                self._discard(folder)
 
     # -------------------------------------------------------------------------------------------- taking up
 

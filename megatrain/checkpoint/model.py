@@ -10,7 +10,7 @@ from megatrain.base.errors import CheckpointError
 from megatrain.checkpoint.compare import differences
 from megatrain.checkpoint.read import Commit
 from megatrain.config.build import build
-from megatrain.config.source import Node
+from megatrain.config.source import from_plain
 from megatrain.models import MODEL
 from megatrain.parallel.shard import shards, slices_of
 
@@ -26,7 +26,7 @@ def model_choice(section: dict[str, Any], origin: str) -> Any:
     Raises:
         ConfigError: it describes none.
     """
-    part, _ = build(_ModelPart, _node({"model": section}, origin))
+    part, _ = build(_ModelPart, from_plain({"model": section}, origin))
     return part.model
 
 
@@ -73,11 +73,3 @@ def shapes_of(choice: Any, n_valid: int, seq_len: int) -> dict[str, tuple[int, .
     with torch.device("meta"):
         model: nn.Module = choice.build(n_valid=n_valid, seq_len=seq_len)
     return {name: shard.full_shape for name, shard in shards(model).items()}
-
-
-def _node(value: Any, origin: str) -> Node:
-    if isinstance(value, dict):
-        return Node({key: _node(child, origin) for key, child in value.items()}, origin)
-    if isinstance(value, list):
-        return Node([_node(child, origin) for child in value], origin)
-    return Node(value, origin)

@@ -8,6 +8,7 @@ import errno
 import mmap
 import os
 import shutil
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
@@ -25,7 +26,7 @@ class Storage(Protocol):
     """
 
     def staging(self, folder: str) -> str:
-        """Where the files of `folder` are written before it is published."""
+        """Where the files of `folder` are written before it is published: another place for every save."""
         ...
 
     def prepare(self, staging: str) -> None:
@@ -76,7 +77,8 @@ class LocalStorage:
         self.root = Path(root)
 
     def staging(self, folder: str) -> str:
-        return f".{folder}.partial"
+        # Never the same twice: a rank of a job that was killed may still be writing to the one before.
+        return f".{folder}.{uuid.uuid4().hex[:8]}.partial"
 
     def prepare(self, staging: str) -> None:
         shutil.rmtree(self.root / staging, ignore_errors=True)

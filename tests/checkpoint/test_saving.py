@@ -147,6 +147,21 @@ def test_between_the_two_renames_of_a_replacement_the_old_one_is_found(tmp_path)
     assert steps(checkpoints) == [1, 2]
 
 
+def test_a_rank_that_outlived_its_job_cannot_write_into_the_next_save(tmp_path):
+    """The job's rank 0 was killed and the next job is saving the same step while a rank of the first still writes."""
+    storage = LocalStorage(tmp_path)
+    old = storage.staging("step-00000001")
+    storage.prepare(old)
+
+    def outlive(point: str) -> None:
+        if point == "before the files":
+            with pytest.raises(FileNotFoundError):
+                storage.write(f"{old}/rank-00000-000.safetensors", [b"old"])
+
+    save(Checkpoints(tmp_path, fault=outlive), 1, asynchronous=False)
+    assert Checkpoints(tmp_path).newest().step == 1
+
+
 @pytest.mark.parametrize("latest", ["", "step-99999999\n", "\xff\xfe", "step-00000001\n\n\n", "../elsewhere"])
 def test_the_hint_is_never_trusted(latest, tmp_path):
     checkpoints = Checkpoints(tmp_path)
