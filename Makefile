@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
 	    cp constraints.txt $(VENV)/constraints.txt; \
 	fi
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet -c $(VENV)/constraints.txt -e ".[dev]"
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-compile -c $(VENV)/constraints.txt -e ".[dev]"
 	@touch $(STAMP)
 	@echo "ready: $(BIN)/megatrain --help"
 

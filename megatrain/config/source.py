@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
@@ -65,9 +65,12 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Node:
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 scalars: 1e-4 and 010 are decimal numbers, only true and false are booleans, 1:30 and = are text."""
 
-    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}
+
+def _decimal(loader: _Loader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node))
 
 
+_Loader.yaml_implicit_resolvers = {}
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:~|null|)$"), ["~", "n", ""])
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(?:true|false)$"), list("tf"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d[\d_]*$"), list("-+0123456789"))
@@ -76,7 +79,7 @@ _Loader.add_implicit_resolver(
     re.compile(r"[-+]?(?:(?:\d[\d_]*\.\d*|\.\d+|\d[\d_]*(?=[eE]))(?:[eE][-+]?\d+)?|\.inf)$|\.nan$"),
     list("-+.0123456789"),
 )
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
 
 
 def _compose(text: str, name: str) -> Node:
