@@ -15,7 +15,7 @@ import torch
 
 from megatrain.base.errors import ConfigError
 from megatrain.generate.load import Loaded
-from megatrain.generate.sample import encode_prompt, longest, not_finite, prompt_problem, select
+from megatrain.generate.sample import encode_prompt, longest, not_finite, prompt_problem
 from megatrain.nn.where import KeyValueCache
 
 
@@ -109,7 +109,7 @@ def search(
         if max((beam.score(h.log_probability, len(h.tokens)) for h in complete), default=-torch.inf) >= hope:
             break
         open_texts = [h for _, h in going]
-        select(cache, [parent for parent, _ in going])
+        cache.select([parent for parent, _ in going])
         tokens = torch.tensor([h.tokens[-1:] for h in open_texts], device=device)
     return sorted(complete, key=lambda h: -beam.score(h.log_probability, len(h.tokens)))
 

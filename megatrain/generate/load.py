@@ -2,22 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from torch import nn
 
 from megatrain.base.device import KINDS, Device
-from megatrain.base.errors import CheckpointError, ConfigError, DataError, did_you_mean
-from megatrain.checkpoint.compare import differences
+from megatrain.base.errors import ConfigError, DataError, did_you_mean
 from megatrain.checkpoint.manifest import digest_of
+from megatrain.checkpoint.model import build_model, config_of
 from megatrain.checkpoint.read import Commit, find, open_storage
-from megatrain.config.build import build
-from megatrain.config.source import Node
 from megatrain.data.shards import TOKENIZER
 from megatrain.data.tokenizer import Tokenizer
-from megatrain.models import MODEL
-from megatrain.parallel.shard import shards, slices_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -38,11 +33,6 @@ class Loaded:
     device: torch.device
 
 
-@dataclass(frozen=True, kw_only=True)
-class _ModelPart:
-    model: Annotated[Any, MODEL]
-
-
 def load(checkpoint: str | Path, *, device: str = "auto", dtype: str = "auto") -> Loaded:
     """The model of a checkpoint, with its tokenizer.
 
@@ -59,41 +49,9 @@ def load(checkpoint: str | Path, *, device: str = "auto", dtype: str = "auto") -
         DataError: the tokenizer is not found, or is another than the run's.
     """
     commit = find(checkpoint)
-    config = _config(commit)
-    part, _ = build(_ModelPart, _node({"model": config["model"]}, _where(commit)))
-    tokenizer = _tokenizer(commit, config)
-    placed = _device(device)
-    model = part.model.build(n_valid=tokenizer.vocab_size, seq_len=config["data"]["seq_len"])
-    _fill(model.to(_dtype(dtype, placed, config)), commit)
-    model.requires_grad_(False).eval().to(placed.torch)
-    return Loaded(model, tokenizer, config, commit.step, config["data"]["seq_len"], placed.torch)
-
-
-def _where(commit: Commit) -> str:
-    return commit.storage.describe(commit.folder)
-
-
-def _config(commit: Commit) -> dict[str, Any]:
-    """The run file, resolved; what is needed of it is there."""
-    config: Any = commit.manifest.facts.get("config")
-    try:
-        if isinstance(config["model"], dict) and type(config["data"]["seq_len"]) is int:
-            return config
-    except (KeyError, TypeError):
-        pass
-    raise CheckpointError(
-        f"{_where(commit)} does not say which model it holds (facts.config with model and data.seq_len): give a "
-        "checkpoint that `megatrain train` has written"
-    )
-
-
-def _node(value: Any, origin: str) -> Node:
-    """Plain values as a configuration's tree, all from `origin`."""
-    if isinstance(value, dict):
-        return Node({key: _node(child, origin) for key, child in value.items()}, origin)
-    if isinstance(value, list):
-        return Node([_node(child, origin) for child in value], origin)
-    return Node(value, origin)
+    config, tokenizer, placed = config_of(commit), _tokenizer(commit), _device(device)
+    model = build_model(commit, n_valid=tokenizer.vocab_size, dtype=_dtype(dtype, placed, config))
+    return Loaded(model.to(placed.torch), tokenizer, config, commit.step, config["data"]["seq_len"], placed.torch)
 
 
 def _device(wanted: str) -> Device:
@@ -112,14 +70,19 @@ def _dtype(wanted: str, device: Device, config: dict[str, Any]) -> torch.dtype:
     return DTYPES[wanted]
 
 
-def _tokenizer(commit: Commit, config: dict[str, Any]) -> Tokenizer:
+def _tokenizer(commit: Commit) -> Tokenizer:
     """The run's tokenizer: kept with the checkpoint or the run, so that they can be moved; else the one of its data."""
     told = commit.manifest.facts.get("tokenizer")
     entry = told if isinstance(told, dict) else {"fingerprint": told}
-    step = _where(commit)
+    step = commit.storage.describe(commit.folder)
+    if not entry.get("fingerprint"):
+        raise DataError(
+            f"{step} does not say which tokenizer its model was trained with: give a checkpoint that megatrain train "
+            "has written, or one that megatrain convert has written from a folder with a tokenizer.json"
+        )
     if "://" not in step:
         step = str(Path(step).absolute())
-    data = [source["path"] for source in config["data"].get("sources") or []]
+    data = [source["path"] for source in config_of(commit)["data"].get("sources") or []]
     places = [step, *(step.rsplit("/", n)[0] for n in (1, 2)), *data]  # checkpoints lie in RUN/checkpoints/step-...
     found = []
     for place in places:
@@ -133,13 +96,3 @@ def _tokenizer(commit: Commit, config: dict[str, Any]) -> Tokenizer:
     if found:
         raise DataError(f"{found[0]} is not the tokenizer that {step} was trained with: {remedy}")
     raise DataError(f"the tokenizer of {step} is in none of {', '.join(places)}: {remedy}")
-
-
-def _fill(model: nn.Module, commit: Commit) -> None:
-    """Every parameter from the checkpoint's weights, which must be those of this model and no others."""
-    reader, held = commit.reader(cast=True), shards(model)
-    if problems := differences(reader.shapes(), {name: shard.full_shape for name, shard in held.items()}):
-        raise CheckpointError("\n".join([f"{_where(commit)} is not of the model in its own config:", *problems]))
-    for name, parameter in model.named_parameters():
-        for piece in slices_of("weights", name, held[name], parameter.data.view(-1)):
-            reader.fill(piece)

@@ -180,7 +180,7 @@ def _proceed_together(
         alive = [n for n, row in enumerate(rows) if row.ended is None]
         if len(alive) < len(rows):
             rows = [rows[n] for n in alive]
-            select(cache, alive)
+            cache.select(alive)
 
 
 def _chosen(rows: list[Continuation], logits: Tensor, choosing: Choosing, position: int) -> list[int]:
@@ -197,10 +197,3 @@ def not_finite(position: int) -> RunError:
         f"the model computed logits that are not finite after {position} tokens: its weights are damaged, or too "
         "large for the number format; try an earlier checkpoint, or fp32"
     )
-
-
-def select(cache: KeyValueCache, rows: Sequence[int]) -> None:
-    """Keep these rows of a cache, in this order; a row may be kept twice."""
-    for store in (cache.keys, cache.values):
-        for layer, kept in store.items():
-            store[layer] = kept[torch.tensor(rows, dtype=torch.int64, device=kept.device)]

@@ -1,6 +1,7 @@
 """What a layer must know of the tokens besides their hidden states; made once a forward pass, shared by all layers."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,12 @@ class KeyValueCache:
                 store[layer] = new.new_empty((*new.shape[:2], self.capacity, new.shape[3]))
             store[layer][:, :, self.length : stop] = new
         return self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows of the batch, in this order; a row may be kept twice (beam search does)."""
+        for store in (self.keys, self.values):
+            for layer, kept in store.items():
+                store[layer] = kept[torch.tensor(rows, dtype=torch.int64, device=kept.device)]
 
 
 @dataclass
