@@ -67,10 +67,14 @@ def sum_partial(parameters: Sequence[nn.Parameter], tp: Axis) -> None:
 
     They are few and small (norm gains, biases), so one collective carries them all.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if tp.size == 1 or not gradients:
+    sum_over([p.grad for p in parameters if p.grad is not None], tp)
+
+
+def sum_over(gradients: Sequence[Tensor], axis: Axis) -> None:
+    """Sum each of `gradients` over the ranks of `axis`, in place, in one collective."""
+    if axis.size == 1 or not gradients:
         return
     flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat, group=tp.group)
+    dist.all_reduce(flat, group=axis.group)
     for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         g.copy_(part.view_as(g))

@@ -27,7 +27,7 @@ class Layout:
     dp: int | None = None
     """Data-parallel ranks: those that tp, pp and cp leave, and if given it must be that number."""
     zero: int | None = None
-    """Stage of ZeRO: 1 under deepspeed, else 0."""
+    """Stage of ZeRO: 1 under deepspeed, 2 under fsdp2, else 0."""
     sequence_parallel: bool | None = None
     """Activations between layers are cut over tp; by default where tp > 1."""
     micro_batch: int = 1
@@ -96,7 +96,7 @@ def resolve_engine(layout: Layout, world: int) -> Resolved:
         engine = "plain" if alone and not layout.zero else "deepspeed"
     zero = layout.zero
     if zero is None:
-        zero = 1 if engine == "deepspeed" and not alone else 0
+        zero = 2 if engine == "fsdp2" else 1 if engine == "deepspeed" and not alone else 0
     return Resolved(engine, zero)
 
 

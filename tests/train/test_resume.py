@@ -16,7 +16,9 @@ def exact(folder: Path) -> list[dict]:
     return [{key: line[key] for key in EXACT} for line in metrics(folder)]
 
 
-@pytest.mark.parametrize(("engine", "zero"), [("plain", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)])
+@pytest.mark.parametrize(
+    ("engine", "zero"), [("plain", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3), ("fsdp2", 3)]
+)
 def test_a_run_killed_in_between_is_bit_exact(tmp_path: Path, text_data: Path, engine: str, zero: int) -> None:
     """40 steps straight, and 40 steps with a kill -9 after step 23, on two ranks."""
     layout = (f"layout.engine={engine}", f"layout.zero={zero}", "checkpoint.every=20", "train.steps=40")

@@ -59,7 +59,16 @@ def one(run_file: str) -> Path:
 
 @pytest.mark.parametrize(
     "layout",
-    ["tp=2", "tp=2,sequence_parallel=false", "dp=2,engine=plain", "dp=2,zero=1", "dp=2,zero=3", "tp=2,dp=2,zero=2"],
+    [
+        "tp=2",
+        "tp=2,sequence_parallel=false",
+        "dp=2,engine=plain",
+        "dp=2,zero=1",
+        "dp=2,zero=3",
+        "tp=2,dp=2,zero=2",
+        "dp=2,engine=fsdp2,zero=2",
+        "tp=2,dp=2,engine=fsdp2,zero=3",
+    ],
 )
 def test_layouts_equal_one_process(run_file: str, one: Path, tmp_path: Path, layout: str) -> None:
     chosen, world = layout_of(layout, Layout())

@@ -1,0 +1,178 @@
+"""Fully sharded data parallelism (Zhao et al. 2023, arXiv:2304.11277) by torch's `fully_shard` over plain layers.
+
+Each rank keeps its rows of every parameter in float32, which is also what the optimiser works on; a block's parameters
+are gathered before it runs, in the format of the run, and gradients are reduce-scattered in float32.
+
+| zero | after forward a block's gathered parameters are |
+|---|---|
+| 2 | kept until backward: less traffic |
+| 3 | dropped and gathered again: less memory |
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatrain.base.errors import ConfigError
+from megatrain.engine.api import ENGINE, Engine, EngineCase, Parts, StepReport
+from megatrain.engine.gradients import sum_over
+from megatrain.engine.passes import Passes, mean, summed
+from megatrain.nn.batch import Batch
+from megatrain.optim.norm import clip_divisor, global_norm, not_finite, squared_norm
+from megatrain.optim.optimizer import guarded, set_lr, set_step_count, step_count
+from megatrain.parallel.mesh import Axis, Mesh
+from megatrain.parallel.shard import Shard, Slice, shards, slices_of
+
+
+@ENGINE.register("fsdp2")
+@dataclass(frozen=True, kw_only=True)
+class Fsdp2:
+    """torch's own sharding of parameters, gradients and optimiser state."""
+
+    def unsupported_reasons(self, case: EngineCase) -> list[str]:
+        if case.zero not in (2, 3):
+            return [
+                f"the fsdp2 engine shards gradients and parameters always, so layout.zero={case.zero} is not for it: "
+                "set 2 or 3, or set layout.engine=deepspeed"
+            ]
+        return []
+
+    def build(self, parts: Parts) -> Engine:
+        return Fsdp2Engine(parts)
+
+
+def connected(mesh: Mesh) -> Mesh:
+    """The mesh with process groups; `fully_shard` needs one even of a single rank."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return mesh if mesh.groups else mesh.connect()
+
+
+@dataclass(frozen=True)
+class Held:
+    """This rank's rows of a parameter: a flat range, beginning at `start`, of what its tensor-parallel rank holds."""
+
+    parameter: nn.Parameter
+    """A DTensor over the data-parallel ranks."""
+    master: Tensor
+    """float32, the very memory of its local part; the optimiser works on it."""
+    shard: Shard
+    start: int
+
+    @property
+    def gradient(self) -> Tensor:
+        """float32, this rank's rows of the reduced gradient."""
+        grad: Any = self.parameter.grad
+        return torch.zeros_like(self.master) if grad is None else grad.to_local()
+
+
+class Fsdp2Engine:
+    """Shards a model over the data-parallel ranks. `fully_shard` makes new Parameters, so facts are kept by name."""
+
+    def __init__(self, parts: Parts):
+        self.parts, self.model, self.device = parts, parts.model, parts.device.torch
+        mesh = connected(parts.mesh)
+        self.data, self.tp, self.pp = (mesh.axis(name) for name in ("data", "tp", "pp"))
+        self.model.to(self.device)
+        known = shards(self.model)
+        if problems := parts.optimizer.unmatched(known):
+            raise ConfigError(problems)
+        shard_model(self.model, self.data, parts)
+        self.held = {name: held(p, known[name], self.data) for name, p in self.model.named_parameters()}
+        trained = {name: h.master for name, h in self.held.items() if h.parameter.requires_grad}
+        self.passes = Passes(self.model, self.data, parts.micro_batch, self.device, parts.precision.autocast)
+        self.optimizer = parts.optimizer.build(trained)
+        parts.optimizer.allocate(self.optimizer, trained.values())
+
+    def step(self, batch: Batch, lr: float) -> StepReport:
+        batch = batch.to(self.device)
+        tokens = self.passes.global_tokens(batch)
+        divisor = tokens / self.data.size  # fully_shard averages over the ranks
+        loss_sum = self.passes.forward_backward(batch, divisor, self._backward)
+        counted, copies = self._counted_and_copies()
+        norm = global_norm(squared_norm(counted, copies, self.device), (self.data, self.tp, self.pp))
+        skipped = not_finite(norm)
+        set_lr(self.optimizer, lr)
+        with guarded(self.optimizer, clip_divisor(norm, self.parts.optimizer.clip), skipped):
+            self.optimizer.step()
+        for h in self.held.values():
+            h.parameter.grad = h.master.grad = None
+        return StepReport(mean(summed(loss_sum, self.data), tokens), tokens, norm, skipped)
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        """Gradients of all but the last micro-batch stay whole on each rank, in float32, and are reduced with its."""
+        self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        loss.backward()
+
+    def _counted_and_copies(self) -> tuple[list[Tensor], list[Tensor]]:
+        """This rank's rows of the gradient: those it counts in the norm, and those another tp rank counts."""
+        trained = [h for h in self.held.values() if h.parameter.requires_grad]
+        for h in trained:
+            h.master.grad = h.gradient
+        sum_over([h.master.grad for h in trained if h.shard.summed_over_tp and h.master.grad is not None], self.tp)
+        counted: list[Tensor] = []
+        copies: list[Tensor] = []
+        for h in trained:
+            assert h.master.grad is not None
+            flat = h.master.grad.reshape(-1)
+            for piece in h.shard.boxes(h.start, flat.numel()) if flat.numel() else ():
+                (counted if piece.counted else copies).append(flat.narrow(0, piece.offset, piece.box.numel))
+        return counted, copies
+
+    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.passes.evaluate(batch)
+
+    # --------------------------------------------------------------------------------- its state
+
+    def slices(self) -> Iterator[Slice]:
+        for name, h in self.held.items():
+            states = self.parts.optimizer.states if h.parameter.requires_grad else ()
+            tensors = {"weights": h.master} | {s: self.optimizer.state[h.master][s] for s in states}
+            for state, tensor in tensors.items():
+                if tensor.numel():
+                    yield from slices_of(state, name, h.shard, tensor.view(-1), h.start)
+
+    @torch.no_grad()
+    def load(self, fill: Callable[[Slice], None], states: Callable[[str], bool] = lambda state: True) -> None:
+        for piece in self.slices():
+            if states(piece.state):
+                fill(piece)
+
+    def scalars(self) -> dict[str, Any]:
+        return {"optimizer_steps": step_count(self.optimizer)}
+
+    def load_scalars(self, scalars: dict[str, Any]) -> None:
+        set_step_count(self.optimizer, scalars["optimizer_steps"])
+
+    def close(self) -> None:
+        for h in self.held.values():
+            h.parameter.grad = h.master.grad = None
+
+
+def shard_model(model: Any, data: Axis, parts: Parts) -> None:
+    """Shard each block, then the rest, over the ranks of `data`."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = DeviceMesh.from_group(data.group, parts.device.kind)
+    bf16 = parts.precision.parameters == "bf16"
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for block in model.layers.values():
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=parts.zero == 3)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def held(p: Any, shard: Shard, data: Axis) -> Held:
+    """What this rank holds of `p`: whole rows of it, cut as `torch.chunk` cuts them."""
+    local = p.to_local().detach()
+    shape = shard.local_shape
+    each = -(-shape[0] // data.size)
+    first = min(shape[0], data.rank * each)
+    return Held(p, local, shard, first * math.prod(shape[1:]))
