@@ -4,12 +4,9 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-
-if TYPE_CHECKING:
-    from rich.progress import TaskID
 
 
 @click.group(
@@ -66,6 +63,7 @@ def input_options(function: Any) -> Any:
 def build_command(**options: Any) -> None:
     from megatrain.base.errors import ConfigError, PreemptedError
     from megatrain.base.units import count
+    from megatrain.cli.common import Bar
     from megatrain.data.build import BuildOptions, build
 
     reading = {name: options.pop(name) for name in _READING}
@@ -74,57 +72,14 @@ def build_command(**options: Any) -> None:
     except ValueError as error:
         raise ConfigError(f"--shard-tokens: {error}") from error
     options["workers"] = options["workers"] or len(os.sched_getaffinity(0))
-    bar = _Bar()
     try:
-        with bar.progress:
+        with Bar() as bar:
             built = build(BuildOptions(**options, reading=reading), bar)
     except KeyboardInterrupt as interrupt:
         raise PreemptedError("stopped; the same command goes on after the last whole shard") from interrupt
     _report(built, options["out"])
     if options["tokenizer"] is None and built.manifest.tokenizer.vocab_size < (options["vocab_size"] or 0):
         click.echo(f"the text has no more tokens in it, so the vocabulary is smaller than {options['vocab_size']:,}")
-
-
-class _Bar:
-    """Shows the stages of long work, each with its rate and the time left."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-
-        console = Console(stderr=True)
-        self.progress: Progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TextColumn("{task.fields[tokens]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task: TaskID | None = None
-        self._tokens = 0
-
-    def stage(self, name: str, total: int) -> None:
-        if self._task is not None:
-            self.progress.update(self._task, completed=self.progress.tasks[-1].total)
-        self._task, self._tokens = self.progress.add_task(name, total=total, tokens=""), 0
-
-    def advance(self, bytes: int, tokens: int) -> None:
-        from megatrain.base.units import show_count
-
-        assert self._task is not None
-        self._tokens += tokens
-        told = f"{show_count(self._tokens)} tokens" if self._tokens else ""
-        self.progress.update(self._task, advance=bytes, tokens=told)
 
 
 def _report(built: Any, out: Path) -> None:
@@ -174,12 +129,12 @@ def _report(built: Any, out: Path) -> None:
 @click.option("--shortest", default=6, show_default=True, help="Words of their shortest sentence that is looked for.")
 @click.option("--near", default=0.8, show_default=True, help="Least resemblance of near copies; 0 for exact ones only.")
 def clean_command(**options: Any) -> None:
+    from megatrain.cli.common import Bar
     from megatrain.data.clean import CleanOptions, clean
 
     reading = {name: options.pop(name) for name in _READING}
     options["workers"] = options["workers"] or len(os.sched_getaffinity(0))
-    bar = _Bar()
-    with bar.progress:
+    with Bar() as bar:
         cleaned = clean(CleanOptions(**options, reading=reading), bar)
     click.echo(f"kept: {cleaned.kept:,} documents, in {options['out']}")
     for reason, n in cleaned.dropped.most_common():

@@ -27,6 +27,7 @@ from megatrain.data.sources import chunks_of, find_sources
 from megatrain.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer, train_tokenizer
 
 _SMALL_CORPUS = 2**25  # bytes: below this a hash may well hold out nothing, so the hashes are looked at first
+_VERSION = 1  # of how input becomes shards: a build of another version does not go on from this one's
 _VOCAB_SIZE = 32_768
 _TOKENIZER_SAMPLE = 2**28  # bytes of text that a tokenizer is trained on; more changes hardly a merge
 
@@ -119,8 +120,8 @@ def build(options: BuildOptions, watcher: Watcher | None = None) -> Built:
             return _Build(options, sources, arguments, journal, watcher or Silent()).run()
     except OSError as error:
         raise DataError(
-            f"{options.out} cannot be written ({error.strerror or error}): give an "
-            "--out folder that this user may write and that has room; the same command then goes on where it stopped"
+            f"{options.out} cannot be written ({error.strerror or error}): give an --out "
+            "folder that this user may write and that has room; the same command then goes on where it stopped"
         ) from error
 
 
@@ -304,7 +305,7 @@ def _fingerprint(options: BuildOptions, sources: list[Source]) -> str:
     """Of what decides the bytes of a data set: the options, and the names and sizes of the files. Not of workers."""
     tokenizer = options.trained_size if options.tokenizer is None else Tokenizer.open(options.tokenizer).fingerprint
     parts = [
-        [tokenizer, options.end_of_document, options.held_out, options.shard_tokens, options.dtype],
+        [_VERSION, tokenizer, options.end_of_document, options.held_out, options.shard_tokens, options.dtype],
         sorted(options.reading.items()),
         [(source.name, source.size) for source in sources],
     ]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self
 
-from megatrain.base.errors import DataError
+from megatrain.base.errors import DataError, UserError
 from megatrain.base.files import fsync_folder, read_json_lines, written_whole
 from megatrain.data.documents import Refused
 from megatrain.data.shards import ShardEntry
@@ -128,7 +128,9 @@ class Journal:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, UserError) and not self.done:
+            shutil.rmtree(self.folder, ignore_errors=True)  # there is nothing to go on from
         self._lock.close()
 
 
