@@ -174,3 +174,10 @@ def test_a_checkpoint_that_does_not_say_its_model_is_refused(step, config):
     rewrite_facts(step, lambda facts: facts.update(config=config))
     with pytest.raises(CheckpointError, match="does not say which model it holds"):
         load(step)
+
+
+@pytest.mark.parametrize("told", [None, "", {}])
+def test_a_checkpoint_that_does_not_say_its_tokenizer_is_refused(step, told):
+    rewrite_facts(step, lambda facts: facts.update(tokenizer=told))
+    with pytest.raises(DataError, match="does not say which tokenizer"):
+        load(step)
