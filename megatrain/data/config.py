@@ -70,6 +70,11 @@ class Data:
     def n_slots(self, global_batch: int) -> int:
         return self.slots or global_batch
 
+    def all_problems(self, global_batch: int, dp: int) -> list[str]:
+        """What is wrong with these values alone, of the choices among them, and with the batch and the ranks."""
+        choices: list[list[str]] = [getattr(choice, "problems", list)() for choice in (self.packing,)]
+        return self.problems() + [p for found in choices for p in found] + self.batch_problems(global_batch, dp)
+
     def batch_problems(self, global_batch: int, dp: int) -> list[str]:
         """What is wrong between these values, the global batch (in rows) and the data-parallel size."""
         found, slots = [], self.n_slots(global_batch)

@@ -91,6 +91,7 @@ class Corpus:
         self.name, self.seed = redacted(address), seed
         store = open_store(address, allow_pipe) if is_remote(address) else None
         self.manifest = Manifest.read(Path(address)) if store is None else _remote_manifest(store)
+        self._remote = store is not None
         self.fingerprint = self.manifest.fingerprint
         if split not in self.manifest.splits or not self.manifest.splits[split].tokens:
             full = [name for name, s in self.manifest.splits.items() if s.tokens]
@@ -121,6 +122,7 @@ class Corpus:
             epoch, offset = divmod(start, high - low)
             n = min(count, high - low - offset)
             yield from self.stretches(epoch, low + offset, low + offset + n)
+            self._look_ahead(epoch, low + offset + n)
             start += n
             count -= n
 
@@ -134,6 +136,14 @@ class Corpus:
             if upto > start:  # a shard may be empty
                 yield Stretch(self._shuffle(epoch, shards, place), start - begin, upto - begin)
             start, place = upto, place + 1
+
+    def _look_ahead(self, epoch: int, position: int) -> None:
+        """Have the shard copied that a slot at this position comes to after its present one."""
+        if self._remote:
+            shards = self._epoch(epoch)
+            place = int(shards.end.searchsorted(position, side="right")) + 1
+            if place < len(shards.order):
+                self.shards[shards.order[place]].prepare()
 
     def _epoch(self, epoch: int) -> "_Epoch":
         if epoch not in self._epochs:
@@ -149,9 +159,6 @@ class Corpus:
         key = (epoch, number)
         if key not in self._shuffled:
             shard = self.shards[number]
-            shard.prepare()
-            if place + 1 < len(shards.order):  # the slot that reads this one comes to the next
-                self.shards[shards.order[place + 1]].prepare()
             order = permutation(len(shard.length), self.seed, "documents", self.fingerprint, epoch, number)
             _keep(self._shuffled, key, ShuffledShard(shard, order), _OPEN_SHARDS)
         self._shuffled.move_to_end(key)

@@ -37,7 +37,9 @@ class HeldOut:
         sizes = np.array([corpus.n_tokens for corpus in self.corpora])
         share = mixture.shares(weights)
         while (left := position < sizes).any():
-            source = int(mixture.draw(credit, share, self.data.seq_len)[0])
+            picked = mixture.draw(credit, share, self.data.seq_len)
+            mixture.settle(credit, share, picked, np.array([self.data.seq_len]))
+            source = int(picked[0])
             yield source, int(position[source])
             position[source] += self.data.seq_len
             if position[source] >= sizes[source] and left.sum() > 1:  # the others share what it had

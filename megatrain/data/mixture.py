@@ -30,19 +30,22 @@ def shares(weights: Sequence[float]) -> NDArray[np.int64]:
 
 
 def draw(credit: Credit, share: NDArray[np.int64], n_tokens: int) -> NDArray[np.int64]:
-    """The source of each slot's next row.
+    """The source of each slot's next row of up to `n_tokens`: the one that would have the most credit.
 
     Args:
-        credit: int64 [slots, sources], updated in place for a row of `n_tokens`.
+        credit: int64 [slots, sources].
         share: int64 [sources], from `shares`.
 
     Returns:
-        int64 [slots], the source with the most credit, the first among equals.
+        int64 [slots], the first among equals.
     """
-    credit += share * n_tokens
-    picked = credit.argmax(axis=1)
+    return (credit + share * n_tokens).argmax(axis=1)
+
+
+def settle(credit: Credit, share: NDArray[np.int64], picked: NDArray[np.int64], n_tokens: NDArray[np.int64]) -> None:
+    """Every source earns its share of the `n_tokens` [slots] that the rows hold, and the `picked` ones pay for them."""
+    credit += share * n_tokens[:, None]
     credit[np.arange(len(credit)), picked] -= UNIT * n_tokens
-    return picked
 
 
 def first_credit(share: NDArray[np.int64], seed: int, n_slots: int, n_tokens: int) -> Credit:
@@ -55,5 +58,5 @@ def first_credit(share: NDArray[np.int64], seed: int, n_slots: int, n_tokens: in
     credit = np.empty((n_slots, n), dtype=np.int64)
     for slot in range(n_slots):
         credit[slot] = common[0]
-        draw(common, share, n_tokens)
+        settle(common, share, draw(common, share, n_tokens), np.array([n_tokens]))
     return credit

@@ -64,6 +64,7 @@ class RemoteShard(Shard):
             self._copy = _Copy(self._fetch)
 
     def damaged(self, number: int) -> bool:
+        self.prepare()
         if not self.store.ranged and self._whole is None:
             self._fetch()
         if self.ids is not self._whole and number not in self._present:

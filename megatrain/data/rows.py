@@ -115,6 +115,15 @@ class Rows:
                 if not piece.begins:
                     self._entered.append((element, shard.before(first, at)))
 
+    def pad(self, row: int, column: int) -> None:
+        """Fill the rest of a row with tokens that do not count and that no document sees."""
+        if column == self.seq_len:
+            return
+        into = slice(row * self.seq_len + column, (row + 1) * self.seq_len)
+        self._begins.append(into.start)
+        self._targets[into] = self.end_of_document
+        self.arrays["weights"].reshape(-1)[into] = 0
+
     def finish(self, mask_documents: bool) -> bool:
         """Work out the other arrays from the targets and where documents begin.
 

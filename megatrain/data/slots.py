@@ -24,6 +24,8 @@ class Slots:
     """[slots, sources]: tokens that the slot has read of its part of the source, over all epochs."""
     credit: NDArray[np.int64]
     """[slots, sources]: see `mixture`."""
+    rows: NDArray[np.int64]
+    """[slots, sources]: rows read of the window of documents that begins at `tokens`; 0 where rows need no windows."""
     batches: int = 0
     """Global batches read so far."""
 
@@ -34,7 +36,7 @@ class Slots:
     @classmethod
     def first(cls, n_slots: int, share: NDArray[np.int64], seed: int, seq_len: int) -> Self:
         credit = mixture.first_credit(share, seed, n_slots, seq_len)
-        return cls(np.zeros((n_slots, len(share)), dtype=np.int64), credit)
+        return cls(np.zeros_like(credit), credit, np.zeros_like(credit))
 
     def cursors(self, seed: int, fingerprints: Sequence[str], paths: Sequence[str]) -> dict[str, Any]:
         """The table as JSON values."""
@@ -46,7 +48,7 @@ class Slots:
             "sources": [{"path": p, "fingerprint": f} for p, f in zip(paths, fingerprints, strict=True)],
             "tokens": self.tokens.tolist(),
             "credit": self.credit.tolist(),
-        }
+        } | ({"rows": self.rows.tolist()} if self.rows.any() else {})
 
     def restore(self, cursors: dict[str, Any], seed: int, fingerprints: Sequence[str], paths: Sequence[str]) -> None:
         """Take the places that `cursors` holds, source by source.
@@ -71,9 +73,11 @@ class Slots:
         saved = {source["fingerprint"]: i for i, source in enumerate(cursors["sources"])}
         saved_paths = {source["path"]: source["fingerprint"] for source in cursors["sources"]}
         tokens = np.array(cursors["tokens"], dtype=np.int64)
+        rows = np.array(cursors.get("rows", np.zeros_like(tokens)), dtype=np.int64)
         for source, (fingerprint, path) in enumerate(zip(fingerprints, paths, strict=True)):
             if fingerprint in saved:
                 self.tokens[:, source] = tokens[:, saved[fingerprint]]
+                self.rows[:, source] = rows[:, saved[fingerprint]]
             elif path in saved_paths:
                 raise DataError(
                     f"the data set at {path} has changed: its shards have digest {fingerprint[:12]} and the run was "

@@ -41,7 +41,7 @@ class Stream:
     def __init__(self, order: Order, cursors: dict[str, Any] | None = None):
         self.order = order
         data = order.data
-        if problems := data.problems() + data.batch_problems(order.global_batch, order.dp_size):
+        if problems := data.all_problems(order.global_batch, order.dp_size):
             raise ConfigError(problems)
         self.corpora = data.corpora(order.split, order.seed)
         self.tokenizer = common_tokenizer(self.corpora)
@@ -51,6 +51,7 @@ class Stream:
         self.slots = Slots.first(order.n_slots, self.share, order.seed, data.seq_len)
         if cursors is not None:
             self.slots.restore(cursors, order.seed, *self._names())
+        self.packer = data.packing.build(self.corpora, self.slots, data.seq_len)
         per_rank = order.n_slots // order.dp_size
         self.own = range(order.dp_rank * per_rank, (order.dp_rank + 1) * per_rank)
 
@@ -82,15 +83,15 @@ class Stream:
 
     def _draw(self, rows: Rows | None) -> None:
         """Every slot draws its rows; those of this rank are filled. A slot's rows stand together in the batch."""
-        data, packing = self.order.data, self.order.data.packing
+        data = self.order.data
         each = self.order.global_batch // self.order.n_slots
         for turn in range(each):
             picked = mixture.draw(self.slots.credit, self.share, data.seq_len)
             if rows is not None:
                 for i, slot in enumerate(self.own):
-                    source = int(picked[slot])
-                    packing.fill(rows, i * each + turn, self.corpora[source], self.slots, slot, source)
-            packing.advance(self.slots, picked, data.seq_len)
+                    self.packer.fill(rows, i * each + turn, slot, int(picked[slot]))
+            n_tokens = self.packer.advance(picked, data.seq_len)
+            mixture.settle(self.slots.credit, self.share, picked, n_tokens)
         self.slots.batches += 1
 
 

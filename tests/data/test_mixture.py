@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatrain.data.mixture import UNIT, draw, first_credit, shares
+from megatrain.data.mixture import UNIT, first_credit, settle, shares
+from megatrain.data.mixture import draw as pick
+
+
+def draw(credit, share, n_tokens):
+    picked = pick(credit, share, n_tokens)
+    settle(credit, share, picked, np.full(len(credit), n_tokens))
+    return picked
+
 
 WEIGHTS = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6)
 

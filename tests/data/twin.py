@@ -51,6 +51,7 @@ def batches(folders, weights, *, seed, n_slots, rows_per_slot, seq_len, end, n):
         rows = [[None] * rows_per_slot for _ in range(n_slots)]
         for turn in range(rows_per_slot):
             picked = mixture.draw(credit, share, seq_len)
+            mixture.settle(credit, share, picked, np.full(n_slots, seq_len))
             for slot in range(n_slots):
                 source = picked[slot]
                 found, number, place = [], -1, 0

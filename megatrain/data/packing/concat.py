@@ -1,5 +1,6 @@
 """Documents laid end to end and cut every `seq_len` tokens: nothing is padded; what is cut goes on in the next row."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +15,20 @@ from megatrain.data.slots import Slots
 @PACKING.register("concat")
 @dataclass(frozen=True, kw_only=True)
 class Concat:
-    def fill(self, rows: Rows, row: int, corpus: Corpus, slots: Slots, slot: int, source: int) -> None:
-        at = 0
-        for stretch in corpus.read(slot, slots.n, int(slots.tokens[slot, source]), rows.seq_len):
+    def build(self, corpora: Sequence[Corpus], slots: Slots, seq_len: int) -> "ConcatPacker":
+        return ConcatPacker(corpora, slots)
+
+
+@dataclass(frozen=True)
+class ConcatPacker:
+    corpora: Sequence[Corpus]
+    slots: Slots
+
+    def fill(self, rows: Rows, row: int, slot: int, source: int) -> None:
+        at, slots = 0, self.slots
+        for stretch in self.corpora[source].read(slot, slots.n, int(slots.tokens[slot, source]), rows.seq_len):
             at = rows.put(row, at, stretch)
 
-    def advance(self, slots: Slots, picked: NDArray[np.int64], seq_len: int) -> None:
-        slots.tokens[np.arange(slots.n), picked] += seq_len
+    def advance(self, picked: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
+        self.slots.tokens[np.arange(self.slots.n), picked] += seq_len
+        return np.full(self.slots.n, seq_len)
