@@ -21,6 +21,7 @@ def recompute(layers: nn.ModuleDict, what: str) -> None:
         what: none; selective (the attention of every block, whose activations grow fastest with the sequence and are
             cheap to make again); full (every block); or a shell pattern over block numbers: `[0-9]`, `*[02468]`.
     """
+    block: Any
     for name, block in layers.items():
         if what == SELECTIVE:
             block.attention.forward = _again(block.attention.forward)

@@ -159,6 +159,7 @@ def shard_model(model: Any, data: Axis, parts: Parts) -> None:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    assert data.group is not None
     mesh = DeviceMesh.from_group(data.group, parts.device.kind)
     bf16 = parts.precision.parameters == "bf16"
     policy = MixedPrecisionPolicy(
