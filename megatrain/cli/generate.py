@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--length-penalty", default=0.0, show_default=True, help="Favours longer texts in a beam search.")
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 @click.option("--dtype", default="auto", show_default=True, type=click.Choice(["auto", "fp32", "bf16"]))
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each prompt, on a line.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON object a prompt, each on a line; prompts share passes.")
 @click.pass_context
 def command(
     context: click.Context,
@@ -85,17 +85,18 @@ def _sample(
 
     rows = begin(loaded, prompts, max_tokens=max_tokens, seed=seed, stop=stop)
     choosing = Choosing(**how)
-    for row in rows:
+    for together in [rows] if as_json else [[row] for row in rows]:  # what is shown as it comes, comes one by one
         start = time.perf_counter()
-        pieces = proceed(loaded, [row], choosing)
+        pieces = proceed(loaded, together, choosing)
         if not as_json:
-            _write(row.prompt)
+            _write(together[0].prompt)
         for _, piece in pieces:
             if not as_json:
                 _write(piece)
-        speed = len(row.tokens) / (time.perf_counter() - start)
-        facts = {"tokens": len(row.tokens), "ended": row.ended, "seed": seed, "tokens_per_second": round(speed, 1)}
-        _conclude(loaded, row.prompt, row.text, facts, as_json, len(row.ids))
+        speed = sum(len(row.tokens) for row in together) / (time.perf_counter() - start)
+        for row in together:
+            facts = {"tokens": len(row.tokens), "ended": row.ended, "seed": seed, "tokens_per_second": round(speed, 1)}
+            _conclude(loaded, row.prompt, row.text, facts, as_json, len(row.ids))
 
 
 def _search(
