@@ -21,6 +21,43 @@ NO_EFFECT = frozenset({
 """Keys of Hugging Face configs that change nothing of a decoder's logits."""
 
 
+ROPE = {
+    "default": ("rotary", {}),
+    "linear": ("rotary_linear", {"factor": "factor"}),
+    "llama3": (
+        "rotary_llama3",
+        {
+            "factor": "factor",
+            "original_max_position_embeddings": "original_seq_len",
+            "low_freq_factor": "few_turns",
+            "high_freq_factor": "many_turns",
+        },
+    ),
+    "yarn": (
+        "rotary_yarn",
+        {
+            "factor": "factor",
+            "original_max_position_embeddings": "original_seq_len",
+            "beta_slow": "few_turns",
+            "beta_fast": "many_turns",
+            "attention_factor": "attention_factor",
+        },
+    ),
+}
+"""Their kinds of rotary positions: our kind, and our name for each of their keys."""
+
+
+def their_rope(position: Any) -> dict[str, Any]:
+    """Their keys for our rotary section, in both generations: transformers 5 reads the first, 4 the other two."""
+    kind, (_, keys) = next((kind, row) for kind, row in ROPE.items() if row[0] == position.kind)
+    scaling = {theirs: value for theirs, ours in keys.items() if (value := getattr(position, ours)) is not None}
+    return {
+        "rope_parameters": {"rope_type": kind, "rope_theta": position.theta, **scaling},
+        "rope_theta": position.theta,
+        "rope_scaling": {"rope_type": kind, **scaling} if scaling else None,
+    }
+
+
 @dataclass(frozen=True)
 class Row:
     """One of our tensors and theirs. `{i}` stands for the layer's number.
@@ -106,16 +143,25 @@ class Theirs:
 
     def rope(self) -> dict[str, Any]:
         """Our rotary section, from either generation of their keys."""
-        parameters = self.get("rope_parameters", {})
-        scaling = self.get("rope_scaling", {})
-        theta = parameters.get("rope_theta", self.get("rope_theta", self.get("rotary_emb_base", 10_000.0)))
-        kind = parameters.get("rope_type", scaling.get("rope_type", scaling.get("type", "default")))
-        if kind != "default":
-            self.problems.append(f"rotary positions are scaled ({kind}), which our rotary does not have")
-        share = parameters.get("partial_rotary_factor", self.get("rotary_pct", self.get("partial_rotary_factor", 1.0)))
+        said = self.get("rope_parameters", {}) | self.get("rope_scaling", {})
+        said.pop("rope_interleaved", None)
+        kind = said.pop("rope_type", said.pop("type", "default"))
+        said.pop("type", None)
+        theta = said.pop("rope_theta", self.get("rope_theta", self.get("rotary_emb_base", 10_000.0)))
+        share = said.pop("partial_rotary_factor", self.get("rotary_pct", self.get("partial_rotary_factor", 1.0)))
         if share != 1.0:
             self.problems.append(f"only {share} of each head is turned by rotary positions, ours turns all of it")
-        return {"kind": "rotary", "theta": float(theta)}
+        if kind not in ROPE:
+            self.problems.append(f"rotary positions are scaled by {kind!r}: ours know {', '.join(ROPE)}")
+            return {"kind": "rotary"}
+        ours, keys = ROPE[kind]
+        section = {"kind": ours, "theta": float(theta)}
+        section |= {keys[key]: value for key, value in said.items() if key in keys and value is not None}
+        if unknown := {
+            k: v for k, v in said.items() if k not in keys and v is not None and (k, v) != ("truncate", True)
+        }:
+            self.problems.append(f"rotary positions of kind {kind} have {unknown}, which ours have not")
+        return section
 
     def finish(self, family: str) -> None:
         """

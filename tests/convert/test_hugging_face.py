@@ -36,6 +36,15 @@ CASES = {
     "llama with another base": (
         "llama", SMALL | {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}, "rms_norm_eps": 1e-5},
     ),
+    "llama 3.1": ("llama", SMALL | GROUPED | {"rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 24}}),
+    "llama interpolated": (
+        "llama", SMALL | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+    ),
+    "qwen2 with YaRN": ("qwen2", SMALL | GROUPED | {"rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e3, "factor": 4.0, "beta_fast": 8.0,
+        "original_max_position_embeddings": 24}}),
     "mistral in a window": ("mistral", SMALL | GROUPED | {"sliding_window": 7}),
     "mistral without": ("mistral", SMALL | GROUPED | {"sliding_window": None}),
     "qwen2": ("qwen2", SMALL | GROUPED),
@@ -124,8 +133,10 @@ def test_the_model_of_a_file_without_prefix_is_the_same(tmp_path):
 
 
 REFUSED = {
-    "scaled rotary positions": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-                                r"rotary positions are scaled \(linear\)"),
+    "dynamic rotary positions": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0,
+                                 "rope_theta": 1e4}}, "rotary positions are scaled by 'dynamic'"),
+    "a key of rotary positions": ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4,
+                                  "original_max_position_embeddings": 8, "mscale": 0.7}}, "have {'mscale': 0.7}"),
     "half of the biases": ("llama", {"attention_bias": True}, "attention_bias and mlp_bias differ"),
     "another activation": ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     "a window in some layers": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from megatrain.convert.families import FAMILY
-from megatrain.convert.table import Row, Theirs
+from megatrain.convert.table import Row, Theirs, their_rope
+from megatrain.nn.position.rotary import Rotary
 
 LAYER = "model.layers.{i}"
 OURS = "layers.{i}"
@@ -96,12 +97,14 @@ class Llama:
 
     def shape_reasons(self, model: Any) -> list[str]:
         """What the whole kin of Llama has in common."""
-        wanted = {"norm": "rms_norm", "position": "rotary", "feed_forward": "swiglu"}
+        wanted = {"norm": "rms_norm", "feed_forward": "swiglu"}
         found = [
             f"{part} is {getattr(model, part).kind}, theirs is {kind}"
             for part, kind in wanted.items()
             if getattr(model, part).kind != kind
         ]
+        if not isinstance(model.position, Rotary):
+            found.append(f"position is {model.position.kind}, theirs is rotary")
         if model.norm.placement != "pre":
             found.append("norms stand behind the residual sum, theirs stand before each sublayer")
         return found
@@ -121,6 +124,6 @@ def shared_config(model: Any) -> dict[str, Any]:
         "head_dim": model.width_of_head,
         "hidden_act": "silu",
         "rms_norm_eps": model.norm.eps,
-        "rope_theta": model.position.theta,
         "initializer_range": model.init_std,
+        **their_rope(model.position),
     }
