@@ -110,7 +110,7 @@ def _report(built: Any, out: Path) -> None:
     "clean",
     help="""Leave out documents that are no good to train on: copies and near copies of others, passages of evaluation
     sets, and what breaks rules of quality. Each is recorded with its reason in DIR/dropped.jsonl; the documents that
-    are kept are written to DIR/kept-00000.jsonl.zst ..., for `megatrain data build`.
+    are kept are written to DIR/kept as JSON lines, for `megatrain data build`.
 
     \b
     Rules of quality: gopher_quality, gopher_repetition, c4; "kind:limit=value" sets a limit.
@@ -118,7 +118,7 @@ def _report(built: Any, out: Path) -> None:
     \b
     Example:
       megatrain data clean pages.jsonl.zst --out cleaned --rule gopher_quality:min_words=20 --against eval/
-      megatrain data build cleaned --include "kept-*" --id-field id --out data/pages
+      megatrain data build cleaned/kept --id-field id --out data/pages
     """,
 )
 @input_options

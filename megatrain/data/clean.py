@@ -110,7 +110,7 @@ class _Judged:
 
 
 def clean(options: CleanOptions, watcher: Watcher | None = None) -> Cleaned:
-    """Write the documents to keep to kept-00000.jsonl.zst ... in `out`, why the others went to dropped.jsonl.
+    """Write the documents to keep to `out`/kept/, and to `out`/dropped.jsonl why the others went.
 
     Raises:
         ConfigError: an option is not allowed.
@@ -131,7 +131,11 @@ def clean(options: CleanOptions, watcher: Watcher | None = None) -> Cleaned:
     watcher.stage("cleaning", sum(source.size for source in sources))
     jobs = (_Job(chunk, options.rules, benchmarks, options.near > 0) for chunk in chunks_of(sources, options.reading))
     exact, near = Exact(), Near(options.near) if options.near else None
-    with _published(options.out) as folder, _Kept(folder) as kept, open(folder / "dropped.jsonl", "w") as dropped:
+    with (
+        _published(options.out) as folder,
+        _Kept(folder / "kept") as kept,
+        open(folder / "dropped.jsonl", "w") as dropped,
+    ):
         counts: Counter[str] = Counter()
         for judged, size in ordered_map(_judge, jobs, options.workers):
             for document in judged:
@@ -198,7 +202,8 @@ class _Kept:
 
     def write(self, id: str, text: str) -> None:
         if self._stream is None:
-            path = self.folder / f"kept-{self._files:05d}.jsonl.zst"
+            path = self.folder / f"part-{self._files:05d}.jsonl.zst"
+            self.folder.mkdir(exist_ok=True)
             self._stream = zstandard.ZstdCompressor().stream_writer(open(path, "wb"))  # noqa: SIM115
             self._files, self._bytes = self._files + 1, 0
         line = json.dumps({"id": id, "text": text}, ensure_ascii=False).encode() + b"\n"

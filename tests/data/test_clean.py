@@ -19,6 +19,7 @@ from megatrain.data.compression import read_whole
 from megatrain.data.contamination import Benchmarks
 from megatrain.data.duplicates import bands, signature
 from megatrain.data.quality import RULE, first_broken, parse_rule
+from megatrain.data.shards import Shard
 from megatrain.data.words import gram_hashes, sentences, word_hashes, words
 
 VOCABULARY = [f"{a}{b}" for a in "bcdfglmnprst" for b in ("ane", "olt", "ip", "eft", "une", "ast", "im", "ork")]
@@ -45,7 +46,7 @@ def run(tmp_path: Path, documents: dict[str, str], **options) -> tuple[list[str]
 
 
 def _kept_lines(folder: Path) -> list[bytes]:
-    return [line for path in sorted(folder.glob("kept-*.jsonl.zst")) for line in read_whole(path).splitlines()]
+    return [line for path in sorted(folder.glob("kept/*.jsonl.zst")) for line in read_whole(path).splitlines()]
 
 
 # ------------------------------------------------------------------------------------------------ words
@@ -275,24 +276,15 @@ def test_the_number_of_workers_changes_nothing(tmp_path):
     for workers in (1, 2):
         out = tmp_path / f"out-{workers}"
         clean(CleanOptions((path,), out, near=0, reading={"chunk_bytes": 4000}, workers=workers))
-    digests = [{p.name: sha256_of(p) for p in (tmp_path / f"out-{w}").iterdir()} for w in (1, 2)]
+    digests = [{p.name: sha256_of(p) for p in (tmp_path / f"out-{w}").rglob("*") if p.is_file()} for w in (1, 2)]
     assert digests[0] == digests[1]
 
 
 def test_what_was_kept_builds_under_the_same_ids(tmp_path):
     kept, _ = run(tmp_path, {"a/1": PROSE, "a/2": PROSE, "b/1": " ".join(prose(1))}, near=0)
     assert kept == ["a/1", "b/1"]
-    given = BuildOptions(
-        (tmp_path / "out",),
-        tmp_path / "data",
-        include=("kept-*",),
-        vocab_size=300,
-        held_out=0,
-        reading={"id_field": "id"},
-    )
-    from megatrain.data.shards import Shard
-
-    manifest = build(given).manifest
+    folders = (tmp_path / "out" / "kept",), tmp_path / "data"
+    manifest = build(BuildOptions(*folders, vocab_size=300, held_out=0, reading={"id_field": "id"})).manifest
     shard = Shard.of(tmp_path / "data", manifest.splits["train"].shards[0], manifest.dtype)
     assert [shard.document_id(i) for i in range(2)] == kept
 
