@@ -26,7 +26,13 @@ from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ("torch", "torch.distributed", "deepspeed", "numpy", "pytest", "hypothesis", "megatrain.config.build")
+PRELOADED = (
+    "torch", "torch.distributed", "torch.testing", "torch._dynamo", "torch._inductor.compile_fx",
+    "deepspeed", "deepspeed.runtime.zero.muon.original_muon", "deepspeed.runtime.zero.stage3",
+    "numpy", "pytest", "hypothesis", "megatrain.config.build", "megatrain.models.decoder",
+)  # fmt: skip
+"""What ranks use and are slow to import: a first optimiser loads Dynamo, a first DeepSpeed engine Inductor."""
+
 GRACE = 3.0  # seconds for other ranks to say their own cause once one has failed
 
 _server = multiprocessing.get_context("forkserver")

@@ -1,8 +1,11 @@
 """Every engine, on any number of ranks, does what plain torch does in one process: the same numbers, the same state."""
 
+import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatrain.base.errors import ConfigError
 from megatrain.engine.kinds.deepspeed import DeepSpeed
+from megatrain.optim.kinds.adamw import AdamW
+from megatrain.optim.optimizer import Group
+from megatrain.parallel.mesh import Mesh
+from megatrain.parallel.shard import initialise
 from tests.engine.toy import (
+    MODEL,
+    SEQ_LEN,
+    VOCABULARY,
     Pieces,
     assembled,
     connected,
@@ -71,14 +82,20 @@ class Story:
     """The state after loading that of the reference."""
     continued: list[tuple[float, float, float, float]]
     """Reports of the same steps from the reference's middle."""
+    built_nothing: bool
+    """No extension was compiled: a process killed meanwhile would leave a lock on which later ones hang."""
 
 
 def tell(case: Case, reference: dict[tuple[str, str], Tensor] | None) -> Story:
     """Train, evaluate, save, meet a NaN, load, and train on, in one start."""
     engine, mesh = case.engine()
     armed = []
-    victim = engine.model.layers["0"].feed_forward_norm.weight
-    victim.register_hook(lambda g: g * math.nan if armed else None)
+
+    def poison(module: Any, inputs: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda g: g * math.nan if armed else None)
+
+    engine.model.layers["0"].feed_forward_norm.register_forward_hook(poison)
 
     def step(k: int) -> tuple[float, float, float, float]:
         return floats(engine.step(rows_of(toy_batch(k, ROWS), mesh), LR))
@@ -108,9 +125,9 @@ def tell(case: Case, reference: dict[tuple[str, str], Tensor] | None) -> Story:
         adopted = pieces_of(engine)
         continued = [step(k) for k in range(MIDDLE, MIDDLE + REPLAYED)]
     engine.close()
-    return Story(
-        reports, (float(loss_sum), float(count)), middle, end, replayed, poisoned, unchanged, adopted, continued
-    )
+    built_nothing = not Path(os.environ.get("TORCH_EXTENSIONS_DIR", "/absent")).exists()
+    held_out = (float(loss_sum), float(count))
+    return Story(reports, held_out, middle, end, replayed, poisoned, unchanged, adopted, continued, built_nothing)
 
 
 def everyone(pieces: Pieces) -> list[Pieces]:
@@ -120,10 +137,13 @@ def everyone(pieces: Pieces) -> list[Pieces]:
 
 
 @cache
-def reference() -> Story:
+def reference(*precision: tuple[str, str]) -> Story:
     """One process, all rows at once."""
-    return tell(Case("plain", ranks=1, micro_batch=ROWS), None)
+    return tell(Case("plain", ranks=1, micro_batch=ROWS, precision=dict(precision)), None)
 
+
+BF16 = {"compute": "bf16", "parameters": "bf16"}
+AUTOCAST = {"compute": "bf16"}
 
 CASES = [
     Case("plain", ranks=2),
@@ -131,11 +151,16 @@ CASES = [
     *(Case("deepspeed", zero, ranks=4, micro_batch=2) for zero in (0, 1, 2, 3)),
     Case("deepspeed", 3, ranks=2, micro_batch=2, whole_parameters=True),
     Case("plain", ranks=4, tp=2, micro_batch=2),
-    *(Case("deepspeed", zero, ranks=4, tp=2, micro_batch=2) for zero in (0, 1, 2, 3)),
+    Case("fsdp2", 2, ranks=2, micro_batch=1),
+    Case("fsdp2", 3, ranks=4, micro_batch=2),
+    Case("fsdp2", 3, ranks=4, tp=2, micro_batch=2),
+    *(Case("deepspeed", zero, ranks=4, tp=2, micro_batch=2) for zero in (1, 2, 3)),
+    *(Case("deepspeed", zero, micro_batch=2, precision=BF16) for zero in (0, 1, 2, 3)),
+    Case("deepspeed", 3, micro_batch=2, precision=AUTOCAST),
 ]
 
 
-def assert_reports_near(ours, theirs, rel=1e-5):
+def assert_reports_near(ours, theirs, rel):
     for mine, other in zip(ours, theirs, strict=True):
         assert mine == pytest.approx(other, rel=rel)
 
@@ -149,18 +174,81 @@ def test_the_reference_clips_and_learns():
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_an_engine_equals_one_process_of_plain_torch(case):
-    expected = reference()
+    expected = reference(*case.precision.items())
     stories = run(tell, case.ranks, case, assembled([expected.middle]))
-    middle, end, adopted = (assembled([getattr(s, part) for s in stories]) for part in ("middle", "end", "adopted"))
+    # with bf16 the order of sums can round a product the other way, so only the first digits are the same
+    rel, atol = (2e-2, 1e-2) if case.precision else (1e-5, 2e-6)
     for story in stories:
-        assert_reports_near(story.reports, expected.reports)
-        assert story.held_out == pytest.approx(expected.held_out, rel=1e-5)
+        assert_reports_near(story.reports, expected.reports, rel)
+        assert story.held_out == pytest.approx(expected.held_out, rel=rel)
         assert story.poisoned[3] == 1, "a gradient that is not finite was not skipped"
         assert story.unchanged
         assert story.replayed == story.reports[MIDDLE : MIDDLE + REPLAYED], "loading is not exact to the last bit"
-        assert_reports_near(story.continued, expected.reports[MIDDLE : MIDDLE + REPLAYED])
-    for key, tensor in assembled([expected.end]).items():
-        torch.testing.assert_close(end[key], tensor, rtol=1e-4, atol=2e-6, msg=lambda m, key=key: f"{key}: {m}")
+        assert_reports_near(story.continued, expected.reports[MIDDLE : MIDDLE + REPLAYED], rel)
+        assert story.built_nothing
+    middle, end, adopted = (assembled([getattr(s, part) for s in stories]) for part in ("middle", "end", "adopted"))
     assert middle.keys() == adopted.keys() == end.keys()
+    for key, tensor in assembled([expected.end]).items():
+        torch.testing.assert_close(end[key], tensor, rtol=10 * rel, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
     for key, tensor in assembled([expected.middle]).items():
         assert torch.equal(adopted[key], tensor), f"{key} changed on its way through this engine"
+
+
+def start_alone() -> tuple[Pieces, float]:
+    """DeepSpeed in a process that has no process group, as `megatrain train` without a launcher is."""
+    dist.destroy_process_group()
+    engine = toy_engine("deepspeed", 2, Mesh(), compute="bf16", parameters="bf16")
+    pieces = pieces_of(engine)
+    return pieces, floats(engine.step(toy_batch(0, ROWS), LR))[0]
+
+
+def test_bf16_masters_start_from_the_exact_values_even_alone():
+    [(pieces, loss)] = run(start_alone, 1)
+    plain = toy_engine("plain", 0, Mesh())
+    for key, tensor in assembled([pieces_of(plain)]).items():
+        assert torch.equal(assembled([pieces])[key], tensor), f"{key} was rounded"
+    assert loss == pytest.approx(reference().reports[0][0], rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["plain", "deepspeed"])
+def test_weights_alone_can_be_loaded(kind):
+    expected = assembled([reference().middle])
+    [(adopted, after)] = run(load_weights, 1, kind, expected)
+    for (state, name), tensor in assembled([adopted]).items():
+        wanted = expected[state, name] if state == "weights" else torch.zeros_like(tensor)
+        assert torch.equal(tensor, wanted), (state, name)
+    assert after == pytest.approx(reference().reports[MIDDLE][0], rel=1e-5)
+
+
+def load_weights(kind: str, whole: dict[tuple[str, str], Tensor]) -> tuple[Pieces, float]:
+    """A fresh engine after taking weights only, and the loss of its first step."""
+    engine = toy_engine(kind, 1 if kind == "deepspeed" else 0, connected())
+    engine.load(filler(whole), lambda state: state == "weights")
+    return pieces_of(engine), floats(engine.step(toy_batch(MIDDLE, ROWS), LR))[0]
+
+
+def test_a_pattern_that_matches_no_parameter_stops_the_build():
+    optimizer = AdamW(lr=LR, groups=(Group(match="*.nrom.*"),))
+    with pytest.raises(ConfigError, match=r"optimizer.groups.0.match is '\*.nrom.\*'"):
+        toy_engine("plain", 0, Mesh(), optimizer=optimizer)
+
+
+def test_a_batch_without_targets_has_no_loss_and_no_gradient():
+    engine = toy_engine("plain", 0, Mesh())
+    batch = toy_batch(0, 2)
+    report = engine.step(dataclasses.replace(batch, weights=torch.zeros_like(batch.weights)), LR)
+    assert floats(report) == (0, 0, 0, 0)
+
+
+def test_a_parameter_that_is_not_trained_keeps_its_value_and_has_no_moments():
+    model = MODEL.build(n_valid=VOCABULARY, seq_len=SEQ_LEN)
+    initialise(model, seed=3)
+    model.embedding.weight.requires_grad_(False)
+    engine = toy_engine("plain", 0, Mesh(), model=model, micro_batch=4)
+    before = assembled([pieces_of(engine)])
+    engine.step(toy_batch(0, ROWS), LR)
+    after = assembled([pieces_of(engine)])
+    moved = {key for key, tensor in after.items() if not torch.equal(tensor, before[key])}
+    assert ("weights", "embedding.weight") not in moved
+    assert ("exp_avg", "embedding.weight") not in after
+    assert ("weights", "norm.weight") in moved
