@@ -3,7 +3,6 @@
 import math
 import os
 import shutil
-import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 
 import torch
 
-import megatrain
 from megatrain.base.device import Device, cpu_threads
 from megatrain.base.errors import PreemptedError
 from megatrain.base.log import log, start_logging, warn
 from megatrain.base.units import show_count
 from megatrain.checkpoint.checkpoints import Checkpoints
+from megatrain.checkpoint.origin import revision, versions
 from megatrain.checkpoint.read import Commit, find
 from megatrain.cluster.identity import Identity, identity_of
 from megatrain.cluster.start import connected
@@ -163,11 +162,8 @@ class Session:
             "compute": self.run.precision.compute,
             "total_steps": self.run.total_steps,
             "tokens_per_step": self.tokens_per_step,
-            "versions": {
-                "megatrain": megatrain.__version__,
-                "torch": torch.__version__,
-                "python": sys.version.split()[0],
-            },
+            "revision": revision(),
+            "versions": versions(),
         }
 
     @property
