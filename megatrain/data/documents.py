@@ -1,5 +1,6 @@
 """Documents and where they come from: the seam between the readers of file formats and what is done with the text."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,27 @@ def as_text(content: bytes) -> str | None:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         return None
+
+
+def document_of_json(id: str, content: bytes, text_field: str, id_field: str | None) -> Document | Refused:
+    """The document in a JSON object, or why there is none."""
+    decoded = as_text(content)
+    if decoded is None:
+        return Refused(id, "not UTF-8")
+    try:
+        record = json.loads(decoded)
+    except (ValueError, RecursionError):
+        return Refused(id, "not JSON")
+    text = record.get(text_field) if isinstance(record, dict) else None
+    if id_field is not None and isinstance(record, dict) and isinstance(record.get(id_field), str | int):
+        id = str(record[id_field])
+    if not isinstance(text, str):
+        return Refused(id, f"no text under {text_field!r}")
+    try:
+        (id + text).encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+        return Refused(id, "not UTF-8")
+    return Document(id, text) if text.strip() else Refused(id, "empty")
 
 
 def document_of(id: str, content: bytes) -> Document | Refused:

@@ -1,12 +1,15 @@
 """Readers make every document exactly once, in a fixed order, however the input is cut into chunks."""
 
 import gzip
+import io
 import json
 import struct
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -177,6 +180,67 @@ def test_megatron_files_that_do_not_fit_are_refused(tmp_path):
         read(tmp_path / "a.idx")
     (tmp_path / "a.idx").unlink()
     assert [f.reason for f in read(tmp_path / "a.bin")] == ["binary"]
+
+
+def write_tar(path: Path, members: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> None:
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2000, 10**6])
+def test_samples_of_webdataset_are_documents(tmp_path, chunk_bytes):
+    members = {
+        "en/1.txt": "one é".encode(),
+        "en/1.json": b'{"text": "metadata"}',
+        "en/2.json": b'{"text": "two", "id": "second"}',
+        "en/3.jpg": b"\xff\xd8",
+        "en/4.5.txt": b"no sample's text",
+        "en/6.TXT": b"six",
+        "en/7.txt": b"\xff",
+    }
+    write_tar(tmp_path / "a.tar", members)
+    found = read(tmp_path / "a.tar", chunk_bytes=chunk_bytes, id_field="id")
+    assert [(f.id, f.text if isinstance(f, Document) else f.reason) for f in found] == [
+        ("a.tar/en/1", "one é"),
+        ("second", "two"),
+        ("a.tar/en/3", "no .txt and no .json in its sample"),
+        ("a.tar/en/4", "no .txt and no .json in its sample"),
+        ("a.tar/en/6", "six"),
+        ("a.tar/en/7", "not UTF-8"),
+    ]
+
+
+def test_what_webdataset_writes_is_read(tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        for i in range(50):
+            writer.write({"__key__": f"{i:03d}", "txt": f"text {i}", "json": {"n": i}})
+    assert texts(read(tmp_path / "a.tar", chunk_bytes=5000)) == [f"text {i}" for i in range(50)]
+
+
+def test_a_hostile_tar_of_text_gives_no_document_and_touches_nothing(tmp_path):
+    (tmp_path / "secret.txt").write_text("secret")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i, kind in enumerate((tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE)):
+            info = tarfile.TarInfo(f"{i}.txt")
+            info.type, info.linkname = kind, str(tmp_path / "secret.txt")
+            tar.addfile(info)
+        info = tarfile.TarInfo("../../escaped.txt")
+        info.size = 4
+        tar.addfile(info, io.BytesIO(b"text"))
+    before = sorted(tmp_path.rglob("*"))
+    *refused, escaped = read(tmp_path / "a.tar")
+    assert {f.reason for f in refused} == {"a link or a device in a tar"}
+    assert escaped == Document("a.tar/../../escaped", "text")  # a name, and no path
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_compressed_tar_is_refused(tmp_path):
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(bytes(10240)))
+    with pytest.raises(DataError, match="is a compressed tar"):
+        read(tmp_path / "a.tar.gz")
 
 
 def test_a_folder_is_walked_in_sorted_order_without_hidden_files(tmp_path):

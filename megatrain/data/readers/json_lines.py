@@ -1,12 +1,11 @@
 """JSON lines: an object a line, its text under one key."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from megatrain.data.compression import read_blocks
-from megatrain.data.documents import CHUNK_BYTES, READER, Document, Refused, Source, as_text
+from megatrain.data.documents import CHUNK_BYTES, READER, Document, Refused, Source, document_of_json
 
 
 @READER.register("json_lines")
@@ -52,23 +51,4 @@ class Lines:
     def documents(self) -> Iterator[Document | Refused]:
         for number, line in enumerate(self.content.split(b"\n"), self.first):
             if line.strip():
-                yield self._document(f"{self.name}:{number}", line)
-
-    def _document(self, id: str, line: bytes) -> Document | Refused:
-        content = as_text(line)
-        if content is None:
-            return Refused(id, "not UTF-8")
-        try:
-            record = json.loads(content)
-        except (ValueError, RecursionError):
-            return Refused(id, "not JSON")
-        text = record.get(self.text_field) if isinstance(record, dict) else None
-        if self.id_field is not None and isinstance(record, dict) and isinstance(record.get(self.id_field), str | int):
-            id = str(record[self.id_field])
-        if not isinstance(text, str):
-            return Refused(id, f"no text under {self.text_field!r}")
-        try:
-            (id + text).encode()
-        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-            return Refused(id, "not UTF-8")
-        return Document(id, text) if text.strip() else Refused(id, "empty")
+                yield document_of_json(f"{self.name}:{number}", line, self.text_field, self.id_field)
