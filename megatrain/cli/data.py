@@ -43,9 +43,9 @@ def input_options(function: Any) -> Any:
 
 @command.command(
     "build",
-    help="""Make a data set of token shards from text files, JSON lines, parquet, webdataset's tars of text, Megatron-LM's
-    .bin and .idx, and folders of source files; text and JSON lines also as .gz and .zst. A build that was stopped goes
-    on where it was when the same command is given again.
+    help="""Make a data set of token shards from text files, JSON lines, parquet, webdataset's tars of text,
+    Megatron-LM's .bin and .idx, and folders of source files; text and JSON lines also as .gz and .zst. A build that was
+    stopped goes on where it was when the same command is given again.
 
     \b
     Example:
