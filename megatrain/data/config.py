@@ -22,6 +22,26 @@ class WeightedSource:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stage:
+    """From a number of tokens on, what is said here holds; what is not said stays as `data` has it."""
+
+    after: Annotated[int, "tokens"]
+    """Tokens of global batches drawn before it, padding included."""
+    seq_len: int | None = None
+    """Tokens in a row, at most `data.seq_len`."""
+    weights: tuple[float, ...] | None = None
+    """Weight of each source, in order."""
+
+    def problems_in(self, key: str, seq_len: int, n_sources: int) -> list[str]:
+        found = []
+        if self.seq_len is not None and not 1 <= self.seq_len <= seq_len:
+            found.append(f"{key}.seq_len is {self.seq_len}: it must be between 1 and data.seq_len={seq_len}")
+        if self.weights is not None and (len(self.weights) != n_sources or min(self.weights) <= 0):
+            found.append(f"{key}.weights is {list(self.weights)}: it must be {n_sources} numbers above 0, one a source")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
 class Data:
     """The tokens of a run and their order. Batches depend on these values and the seed, and on nothing else."""
 
@@ -31,6 +51,8 @@ class Data:
     slots: int | None = None
     """Virtual readers that the stream is cut into; as many as there are rows in a global batch unless given. A run may
     be resumed on any number of data-parallel ranks that divides them."""
+    curriculum: tuple[Stage, ...] = ()
+    """Changes of the weights and the row length as training goes on, by the tokens drawn so far."""
     packing: Annotated[Packing, PACKING] = field(default_factory=Concat)
     mask_documents: bool = True
     """Documents in a row do not see each other, and positions restart with each."""
@@ -61,11 +83,35 @@ class Data:
                 found.append(
                     f"data.sources.{i}.weight is {source.weight}: it must be above 0; leave the source out instead"
                 )
+        for i, stage in enumerate(self.curriculum):
+            found += stage.problems_in(f"data.curriculum.{i}", self.seq_len, len(self.sources))
+        if (begins := [stage.after for stage in self.curriculum]) != sorted(set(begins)):
+            found.append(f"data.curriculum has stages after {begins} tokens: each must begin later than the one before")
+        lengths = {self.seq_len, *(stage.seq_len for stage in self.curriculum if stage.seq_len)}
+        found += self.packing.unsupported_reasons(lengths)
         for name, least in (("seq_len", 1), ("slots", 1), ("workers", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 found.append(f"data.{name} is {value}: it must be at least {least}")
         return found
+
+    def stage_at(self, n_tokens: int) -> tuple[int, tuple[float, ...]]:
+        """(tokens in a row, weights of the sources) when so many tokens were drawn."""
+        seq_len, weights = self.seq_len, tuple(source.weight for source in self.sources)
+        for stage in self.curriculum:
+            if stage.after <= n_tokens:
+                seq_len, weights = stage.seq_len or self.seq_len, stage.weights or tuple(s.weight for s in self.sources)
+        return seq_len, weights
+
+    def steps(self, n_tokens: int, global_batch: int) -> int:
+        """Batches until at least `n_tokens` are drawn, whatever length their rows have."""
+        drawn, steps = 0, 0
+        ends = [stage.after for stage in self.curriculum if 0 < stage.after < n_tokens]
+        for end in [*ends, n_tokens]:
+            batch = global_batch * self.stage_at(drawn)[0]
+            more = max(0, -(-(end - drawn) // batch))
+            drawn, steps = drawn + more * batch, steps + more
+        return steps
 
     def n_slots(self, global_batch: int) -> int:
         return self.slots or global_batch

@@ -100,7 +100,7 @@ class Feed(Iterator[Batch]):
             batch = batch_of(arrays, filled.packed, filled.cursors, self.pin_memory, copy=True)
             self._turn += 1
         else:
-            arrays = empty(self.order.n_rows, self.order.data.seq_len)
+            arrays = empty(*self._stream.shape)
             packed, rows = self._stream.fill(arrays)
             self._note(rows.skipped)
             batch = batch_of(arrays, packed, self._stream.cursors(), self.pin_memory)

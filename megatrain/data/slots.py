@@ -28,6 +28,8 @@ class Slots:
     """[slots, sources]: rows read of the window of documents that begins at `tokens`; 0 where rows need no windows."""
     batches: int = 0
     """Global batches read so far."""
+    drawn: int = 0
+    """Tokens of those batches, padding included: what a curriculum goes by."""
 
     @property
     def n(self) -> int:
@@ -45,6 +47,7 @@ class Slots:
             "seed": seed,
             "slots": self.n,
             "batches": self.batches,
+            "drawn": self.drawn,
             "sources": [{"path": p, "fingerprint": f} for p, f in zip(paths, fingerprints, strict=True)],
             "tokens": self.tokens.tolist(),
             "credit": self.credit.tolist(),
@@ -85,4 +88,4 @@ class Slots:
                 )
         if [source["fingerprint"] for source in cursors["sources"]] == list(fingerprints):
             self.credit[:] = np.array(cursors["credit"], dtype=np.int64)
-        self.batches = cursors["batches"]
+        self.batches, self.drawn = cursors["batches"], cursors["drawn"]

@@ -47,8 +47,9 @@ class Stream:
         self.tokenizer = common_tokenizer(self.corpora)
         self.vocab_size = order.vocab_size or self.tokenizer.vocab_size
         _check_sizes(self.corpora, order)
-        self.share = mixture.shares([source.weight for source in data.sources])
-        self.slots = Slots.first(order.n_slots, self.share, order.seed, data.seq_len)
+        seq_len, self._weights = data.stage_at(0)
+        self._share = mixture.shares(self._weights)
+        self.slots = Slots.first(order.n_slots, self._share, order.seed, seq_len)
         if cursors is not None:
             self.slots.restore(cursors, order.seed, *self._names())
         self.packer = data.packing.build(self.corpora, self.slots, data.seq_len)
@@ -62,12 +63,17 @@ class Stream:
         """Where all slots stand, as JSON values."""
         return self.slots.cursors(self.order.seed, *self._names())
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows on this rank, tokens in a row) of the next batch."""
+        return self.order.n_rows, self.order.data.stage_at(self.slots.drawn)[0]
+
     def skip(self) -> None:
         """Go past a batch without reading it."""
         self._draw(None)
 
     def fill(self, arrays: Arrays) -> tuple[bool, Rows]:
-        """Write this rank's rows of the next batch into `arrays`.
+        """Write this rank's rows of the next batch into `arrays`, whose shape is `shape`.
 
         Returns:
             whether some row holds more than one document, and what was written where.
@@ -83,16 +89,20 @@ class Stream:
 
     def _draw(self, rows: Rows | None) -> None:
         """Every slot draws its rows; those of this rank are filled. A slot's rows stand together in the batch."""
-        data = self.order.data
+        seq_len, weights = self.order.data.stage_at(self.slots.drawn)
+        if weights != self._weights:
+            self._weights, self._share = weights, mixture.shares(weights)
+        share = self._share
         each = self.order.global_batch // self.order.n_slots
         for turn in range(each):
-            picked = mixture.draw(self.slots.credit, self.share, data.seq_len)
+            picked = mixture.draw(self.slots.credit, share, seq_len)
             if rows is not None:
                 for i, slot in enumerate(self.own):
                     self.packer.fill(rows, i * each + turn, slot, int(picked[slot]))
-            n_tokens = self.packer.advance(picked, data.seq_len)
-            mixture.settle(self.slots.credit, self.share, picked, n_tokens)
+            n_tokens = self.packer.advance(picked, seq_len)
+            mixture.settle(self.slots.credit, share, picked, n_tokens)
         self.slots.batches += 1
+        self.slots.drawn += self.order.global_batch * seq_len
 
 
 def _check_sizes(corpora: list[Corpus], order: Order) -> None:

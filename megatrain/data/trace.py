@@ -35,7 +35,7 @@ def trace(
     ]
     try:
         for step in range(start, stop):
-            _, rows = stream.fill(empty(global_batch, data.seq_len))
+            _, rows = stream.fill(empty(*stream.shape))
             digest = hashlib.sha256()
             for feed in feeds:
                 digest.update(next(feed).tokens.numpy().astype("<i8").tobytes())

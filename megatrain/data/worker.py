@@ -45,6 +45,7 @@ class Filled:
     """A worker's word that a buffer holds the next of its batches."""
 
     buffer: int
+    seq_len: int
     packed: bool
     cursors: dict[str, Any]
     skipped: list[Piece]
@@ -65,9 +66,9 @@ class Worker:
 
     def __init__(self, task: Task):
         self.index = task.index
-        self.shape = task.order.n_rows, task.order.data.seq_len
+        self.n_rows, self.size = task.order.n_rows, n_bytes(task.order.n_rows, task.order.data.seq_len)
         self._memory = os.memfd_create("megatrain-batches")
-        os.ftruncate(self._memory, N_BUFFERS * n_bytes(*self.shape))
+        os.ftruncate(self._memory, N_BUFFERS * self.size)
         self._map = mmap.mmap(self._memory, 0)
         ours, theirs = socket.socketpair()
         arguments = [json.dumps(sys.path), str(theirs.fileno()), str(self._memory)]
@@ -100,9 +101,8 @@ class Worker:
         if isinstance(said, Failed):
             raise said.error
         self._to_free = said.buffer
-        size = n_bytes(*self.shape)
-        view = memoryview(self._map)[said.buffer * size : (said.buffer + 1) * size]
-        return arrays_in(view, *self.shape), said
+        view = memoryview(self._map)[said.buffer * self.size : (said.buffer + 1) * self.size]
+        return arrays_in(view, self.n_rows, said.seq_len), said
 
     def _send(self, buffer: int) -> None:
         try:
@@ -146,8 +146,7 @@ def main() -> None:
 
 def _work(task: Task, memory: mmap.mmap, connection: Connection) -> None:
     stream = Stream(task.order, task.cursors)
-    shape = task.order.n_rows, task.order.data.seq_len
-    size, parent = n_bytes(*shape), os.getppid()
+    size, parent = n_bytes(task.order.n_rows, task.order.data.seq_len), os.getppid()
     free = deque(range(N_BUFFERS))
     turn = 0
     while True:
@@ -161,6 +160,7 @@ def _work(task: Task, memory: mmap.mmap, connection: Connection) -> None:
                 free.append(connection.recv())
             buffer = free.popleft()
             view = memoryview(memory)[buffer * size : (buffer + 1) * size]
+            shape = stream.shape
             packed, rows = stream.fill(arrays_in(view, *shape))
-            connection.send(Filled(buffer, packed, stream.cursors(), rows.skipped))
+            connection.send(Filled(buffer, shape[1], packed, stream.cursors(), rows.skipped))
         turn += 1

@@ -33,6 +33,10 @@ class Packer(Protocol):
 
 
 class Packing(Protocol):
+    def unsupported_reasons(self, lengths: set[int]) -> list[str]:
+        """Why rows of these lengths, which follow one another in a run, cannot be packed; empty where they can."""
+        ...
+
     def build(self, corpora: Sequence[Corpus], slots: Slots, seq_len: int) -> Packer:
         """A packer of rows of up to `seq_len` tokens, which moves the places in `slots`."""
         ...

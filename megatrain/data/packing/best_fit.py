@@ -34,6 +34,14 @@ class BestFit:
     def problems(self) -> list[str]:
         return [] if self.window >= 1 else [f"data.packing.window is {self.window}: it must be at least 1"]
 
+    def unsupported_reasons(self, lengths: set[int]) -> list[str]:
+        if len(lengths) == 1:
+            return []
+        return [
+            f"data.packing best_fit packs windows of documents into rows of one length, and data.curriculum has rows "
+            f"of {sorted(lengths)} tokens: use concat, or change the weights only"
+        ]
+
     def build(self, corpora: Sequence[Corpus], slots: Slots, seq_len: int) -> "BestFitPacker":
         return BestFitPacker(corpora, slots, seq_len, self.window * seq_len)
 

@@ -15,6 +15,9 @@ from megatrain.data.slots import Slots
 @PACKING.register("concat")
 @dataclass(frozen=True, kw_only=True)
 class Concat:
+    def unsupported_reasons(self, lengths: set[int]) -> list[str]:
+        return []
+
     def build(self, corpora: Sequence[Corpus], slots: Slots, seq_len: int) -> "ConcatPacker":
         return ConcatPacker(corpora, slots)
 
