@@ -9,6 +9,7 @@ import collections
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -28,7 +29,10 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 _POLL_SECONDS = 0.05
 _KEPT_LINES = 200
-_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "OMPI_", "PMI_")
+_OTHER_LAUNCHERS = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|LOCAL_SIZE|ROLE_NAME|MASTER_(ADDR|PORT)|(TORCHELASTIC|OMPI|PMI)_.*"
+)
+"""Variables by which another launcher names its ranks: ours must not inherit them."""
 
 
 def run_local_ranks(n: int, command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
@@ -121,7 +125,7 @@ class _Rank:
 
 
 def _start(n: int, command: Sequence[str], environment: dict[str, str]) -> list[_Rank]:
-    environment = {name: value for name, value in environment.items() if not name.startswith(_INHERITED)}
+    environment = {name: value for name, value in environment.items() if not _OTHER_LAUNCHERS.fullmatch(name)}
     environment |= {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": LOOPBACK}
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here, and a host's name may not resolve

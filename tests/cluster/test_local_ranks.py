@@ -154,7 +154,13 @@ def test_no_rank_is_refused():
 
 def test_each_rank_knows_who_it_is_whatever_the_launcher_was_told(script, tmp_path):
     inherited = os.environ | {"RANK": "7", "OMPI_COMM_WORLD_RANK": "3", "TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "4"}
-    inherited |= {"SLURM_JOB_ID": "5", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "9", "WORD": "kept"}
+    inherited |= {
+        "SLURM_JOB_ID": "5",
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": "1",
+        "SLURM_NTASKS": "9",
+        "LOCAL_DISK": "kept",
+    }
     command = script('(here / f"{rank}.json").write_text(json.dumps(dict(os.environ)))')
     assert run_local_ranks(2, command, inherited) == 0
     environments = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
@@ -166,7 +172,8 @@ def test_each_rank_knows_who_it_is_whatever_the_launcher_was_told(script, tmp_pa
     assert zero.master_port == one.master_port > 0
     assert zero.listening is not None
     assert one.listening is None
-    assert environments[1]["WORD"] == "kept"
+    assert environments[1]["LOCAL_DISK"] == "kept"
+    assert "TORCHELASTIC_RUN_ID" not in environments[1]
     assert environments[1][LOCAL_LAUNCHER] == "-1"
 
 
