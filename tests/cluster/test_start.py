@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatrain.base.device import Device
-from megatrain.base.errors import RunError
+from megatrain.base.errors import ConfigError, RunError
 from megatrain.cluster.identity import Identity, identity_of
 from megatrain.cluster.start import connect, connected, disconnect
 
@@ -42,5 +42,5 @@ def test_a_rank_that_finds_nobody_says_who_it_is_and_where_it_looked():
 def test_a_port_that_is_taken_is_said_to_be():
     with socket.create_server(("0.0.0.0", 0)) as taken:
         first = Identity(0, 2, 0, 2, 0, "environment", "127.0.0.1", taken.getsockname()[1])
-        with pytest.raises(RunError, match="is the port taken\\? choose another with MASTER_PORT"):
+        with pytest.raises(ConfigError, match="is the port taken\\? choose another with MASTER_PORT"):
             connect(first, CPU, timedelta(seconds=0.5))
