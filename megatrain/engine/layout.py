@@ -21,7 +21,7 @@ class Layout:
     pp: int = 1
     """Pipeline stages."""
     cp: int = 1
-    """Context-parallel ranks, each with a part of every sequence."""
+    """Context-parallel ranks, each with a part of every sequence; they exchange tokens for heads in attention."""
     ep: int = 1
     """Expert-parallel ranks, each with some of the experts."""
     dp: int | None = None
@@ -43,8 +43,8 @@ class Layout:
         sizes = {name: getattr(self, name) for name in ("tp", "pp", "cp", "ep", "dp", "micro_batch")}
         found = [f"{name}={n}: it must be at least 1" for name, n in sizes.items() if n is not None and n < 1]
         found += [
-            f"{name}={sizes[name]}: only {name}=1 can be run so far, use tp and dp"
-            for name in ("pp", "cp", "ep")
+            f"{name}={sizes[name]}: only {name}=1 can be run so far, use tp, cp and dp"
+            for name in ("pp", "ep")
             if sizes[name] > 1
         ]
         if self.engine != AUTO and self.engine not in ENGINE:
@@ -151,9 +151,12 @@ def layout_problems(
             f"layout.micro_batch={layout.micro_batch} does not divide the {rows} sequences that each rank has "
             f"(train.global_batch {global_batch} / dp {dp}): pick it from {divisors(rows)}"
         )
-    if layout.cuts_sequence and seq_len is not None and seq_len % layout.tp:
+    if seq_len is not None and seq_len % layout.cp:
+        found.append(f"data.seq_len={seq_len} cannot be cut over cp={layout.cp}: pick cp from {divisors(seq_len)}")
+    elif layout.cuts_sequence and seq_len is not None and (seq_len // layout.cp) % layout.tp:
         found.append(
-            f"data.seq_len={seq_len} cannot be cut over tp={layout.tp}: pick tp from {divisors(seq_len)}, "
+            f"data.seq_len={seq_len} / cp {layout.cp} cannot be cut over tp={layout.tp}: pick tp from "
+            f"{divisors(seq_len // layout.cp)}, "
             "or set layout.sequence_parallel=false"
         )
     resolved = resolve_engine(layout, world)

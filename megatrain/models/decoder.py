@@ -22,7 +22,8 @@ from megatrain.nn.position.rotary import Rotary
 from megatrain.nn.where import KeyValueCache, Where
 from megatrain.parallel.cross_entropy import linear_cross_entropy
 from megatrain.parallel.embedding import VocabParallelEmbedding, vocabulary_shard
-from megatrain.parallel.mesh import divisors
+from megatrain.parallel.mesh import ALONE, Axis, divisors
+from megatrain.parallel.product import linear
 from megatrain.parallel.shard import normal, parameter
 from megatrain.parallel.tensor import TensorParallel
 
@@ -95,8 +96,8 @@ class Decoder:
     def width_of_head(self) -> int:
         return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
 
-    def layout_problems(self, tp: int) -> list[str]:
-        """Why this model cannot be cut over `tp` ranks, each with what would do."""
+    def layout_problems(self, tp: int, cp: int = 1) -> list[str]:
+        """Why this model cannot be cut over `tp` x `cp` ranks, each with what would do."""
         found = []
         for name, n in {"n_heads": self.n_heads, "n_kv_heads": self.kv_heads, "d_ff": self.d_ff}.items():
             if n % tp:
@@ -104,6 +105,13 @@ class Decoder:
                 found.append(
                     f"model.{name}={n} cannot be split over tp={tp}: pick tp from {fits}, or change model.{name}"
                 )
+        if not found and cp > 1:
+            for name, n in {"n_heads": self.n_heads, "n_kv_heads": self.kv_heads}.items():
+                if (n // tp) % cp:
+                    found.append(
+                        f"model.{name}={n} leaves {n // tp} heads on a tensor-parallel rank, which cp={cp} cannot "
+                        f"share: pick cp from {divisors(n // tp)}, or change model.{name}"
+                    )
         return found
 
     def vocabulary_problems(self, n_valid: int) -> list[str]:
@@ -138,16 +146,18 @@ class Decoder:
         n_valid: int,
         seq_len: int,
         tp: TensorParallel = TensorParallel(),  # noqa: B008 (a frozen value)
+        cp: Axis = ALONE,
         seed: int = 0,
     ) -> "DecoderModel":
         """The model with uninitialised parameters (see parallel.shard.initialise).
 
         Args:
             n_valid: size of the tokenizer's vocabulary.
+            cp: ranks that hold other tokens of the same rows.
             seq_len: longest sequence, which learned positions must know.
             seed: what dropout is drawn from.
         """
-        return DecoderModel(self, n_valid, seq_len, tp, seed)
+        return DecoderModel(self, n_valid, seq_len, tp, cp, seed)
 
 
 class Head(nn.Module):
@@ -177,10 +187,10 @@ class Head(nn.Module):
 class DecoderModel(nn.Module):
     """A batch in, (loss sum, token count) out."""
 
-    def __init__(self, choice: Decoder, n_valid: int, seq_len: int, tp: TensorParallel, seed: int):
+    def __init__(self, choice: Decoder, n_valid: int, seq_len: int, tp: TensorParallel, cp: Axis, seed: int):
         super().__init__()
         c = choice
-        self.choice, self.n_valid, self.tp, self.seed = c, n_valid, tp, seed
+        self.choice, self.n_valid, self.tp, self.cp, self.seed = c, n_valid, tp, cp, seed
         rows = n_valid if c.vocab_size is None else c.vocab_size
         out_std = residual_std(c.init_std, c.n_layers)
         self.embedding = VocabParallelEmbedding(rows, c.d_model, tp, init=normal(c.init_std))
@@ -202,6 +212,7 @@ class DecoderModel(nn.Module):
             position=c.position,
             norm=c.norm,
             tp=tp,
+            cp=self.cp,
             name=name,
             init_std=c.init_std,
             out_std=out_std,
@@ -215,16 +226,20 @@ class DecoderModel(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(sum of weighted token losses in nats, sum of weights), float32 scalars, the same on every tp rank."""
-        where = Where(batch.positions, batch.documents, batch.packed, noise=self._noise(batch))
-        hidden = self.hidden(batch.tokens, where)
-        loss = self.head.loss(hidden, batch.targets, batch.weights, self.n_valid)
-        return loss, batch.weights.sum()
+        whole = Where(batch.positions, batch.documents, batch.packed)
+        mask = self.choice.attention.prepare(whole)  # attention sees whole rows, whichever tokens this rank computes
+        where = Where(batch.own(batch.positions), batch.own(batch.documents), batch.packed, mask)
+        where.noise = self._noise(batch)
+        hidden = self.hidden(batch.own(batch.tokens), where)
+        weights = batch.own(batch.weights)
+        loss = self.head.loss(hidden, batch.own(batch.targets), weights, self.n_valid)
+        return loss, weights.sum()
 
     def hidden(self, tokens: Tensor, where: Where) -> Tensor:
         """tokens [b, t] -> hidden states after the last norm, [b, t or t / size, d]."""
         c = self.choice
         where.tables = c.position.prepare(where.positions, c.width_of_head)
-        if where.cache is None:
+        if where.cache is None and where.mask is None:
             where.mask = c.attention.prepare(where)
         x = self.embedding(tokens)
         if self.positions is not None:
@@ -240,12 +255,12 @@ class DecoderModel(nn.Module):
         Args:
             latest: only of so many tokens at the end, [b, latest, n_valid]; a prompt's others would fill the memory.
         """
-        if self.tp.size > 1:
-            raise ValueError("logits are made on one tensor-parallel rank: load the model with tp=1")
+        if self.tp.size > 1 or self.cp.size > 1:
+            raise ValueError("logits are made on one rank: load the model with tp=1 and cp=1")
         hidden = self.hidden(tokens, where)
         if latest is not None:
             hidden = hidden[:, -latest:]
-        return (hidden @ self.head.weight[: self.n_valid].T).float()
+        return linear(hidden, self.head.weight[: self.n_valid]).float()
 
     def decode(self, tokens: Tensor, cache: KeyValueCache, *, latest: int | None = None) -> Tensor:
         """Logits [b, t, n_valid] of tokens [b, t] that follow what `cache` holds; the cache then holds them too.
@@ -265,7 +280,9 @@ class DecoderModel(nn.Module):
         if not (self.training and self.choice.dropout):
             return None
         seq_len, device = batch.tokens.shape[1], batch.tokens.device
-        first = self.tp.axis.part(seq_len, "sequence length")[0] if self.tp.cuts_sequence else 0
+        first, stop = batch.columns or (0, seq_len)
+        if self.tp.cuts_sequence:
+            first += self.tp.axis.part(stop - first, "sequence length")[0]
         return Noise.of(
             self.seed, batch.step, first_row=batch.first_row, first_token=first, seq_len=seq_len, device=device
         )

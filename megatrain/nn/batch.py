@@ -32,6 +32,8 @@ class Batch:
     """Number of the global batch these rows are from; with `first_row` it names each element, for dropout."""
     first_row: int = 0
     """Number of the first row within the global batch."""
+    columns: tuple[int, int] | None = None
+    """Tokens [start, stop) of each row that this context-parallel rank computes; None for all."""
     cursors: Any = None
     """Where the feed stands after this batch, as plain JSON values; saved with the run."""
 
@@ -46,6 +48,21 @@ class Batch:
         for i, parts in enumerate(pieces):
             first = self.first_row + i * rows
             yield dataclasses.replace(self, first_row=first, **dict(zip(names, parts, strict=True)))
+
+    def context_part(self, start: int, stop: int) -> "Batch":
+        """The same rows, of which this rank computes tokens [start, stop): the targets of others count nothing here.
+
+        Tokens, positions and documents stay whole, since attention masks are built from them.
+        """
+        if (start, stop) == (0, self.tokens.shape[1]):
+            return self
+        weights = torch.zeros_like(self.weights)
+        weights[:, start:stop] = self.weights[:, start:stop]
+        return dataclasses.replace(self, weights=weights, columns=(start, stop))
+
+    def own(self, x: Tensor) -> Tensor:
+        """This rank's columns of x [rows, seq]."""
+        return x if self.columns is None else x[:, self.columns[0] : self.columns[1]]
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`, copied without blocking where its memory is pinned."""

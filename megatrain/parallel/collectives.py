@@ -70,6 +70,28 @@ scatter = _pair("Scatter", reduce_scatter, all_gather)
 """`reduce` under sequence parallelism: partial sums are added and dealt out over the sequence."""
 
 
+def _exchange(x: Tensor, group: Any, cut: int, join: int) -> Tensor:
+    """Cut `x` along dimension `cut` into one part a rank, send each to its rank, and join what comes along `join`."""
+    size = torch.distributed.get_world_size(group)
+    parts = torch.stack(x.chunk(size, cut))  # [rank, ...]
+    received = funcol.wait_tensor(funcol.all_to_all_single(parts, None, None, group))
+    return torch.cat(received.unbind(), join)
+
+
+def _all_to_all(cut: int, join: int) -> Callable[[Tensor, Any], Tensor]:
+    return lambda x, group: _exchange(x, group, cut, join)
+
+
+HEADS, TOKENS = 1, 2
+"""Dimensions of [b, heads, t, k] that `to_heads` and `to_tokens` exchange."""
+
+to_heads = _pair("ToHeads", _all_to_all(HEADS, TOKENS), _all_to_all(TOKENS, HEADS))
+"""[b, h, t / size, k] -> [b, h / size, t, k]: from some tokens of all heads to all tokens of some heads."""
+
+to_tokens = _pair("ToTokens", _all_to_all(TOKENS, HEADS), _all_to_all(HEADS, TOKENS))
+"""[b, h / size, t, k] -> [b, h, t / size, k]: back."""
+
+
 def own_rows(x: Tensor, axis: Axis) -> Tensor:
     """This rank's rows of the sequence [b, t, ...] -> [b, t / size, ...]; no gradient crosses ranks."""
     return x if axis.size == 1 else x.chunk(axis.size, SEQUENCE)[axis.rank].contiguous()

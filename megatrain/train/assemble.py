@@ -27,7 +27,7 @@ from megatrain.engine.layout import resolve_engine
 from megatrain.nn.batch import Batch
 from megatrain.parallel.mesh import Mesh
 from megatrain.report.page import write_report
-from megatrain.train.build import build_engine, open_feed
+from megatrain.train.build import build_engine, context_part, open_feed
 from megatrain.train.check import refuse
 from megatrain.train.config import Run
 from megatrain.train.folder import RunFolder
@@ -137,15 +137,15 @@ class Session:
             log("no held-out loss: not every data set has a held-out split")
             return []
         self.held_out_bytes_per_token = HeldOut(run.data).bytes_per_token
-        return list(
-            held_out(
-                run.data,
-                global_batch=run.train.global_batch,
-                n_batches=run.train.eval_batches,
-                dp_rank=dp.rank,
-                dp_size=dp.size,
-            )
+        cp = self.mesh.axis("cp")
+        batches = held_out(
+            run.data,
+            global_batch=run.train.global_batch,
+            n_batches=run.train.eval_batches,
+            dp_rank=dp.rank,
+            dp_size=dp.size,
         )
+        return [context_part(batch, cp) for batch in batches]
 
     def facts(self) -> dict[str, Any]:
         """What does not change while the run goes on."""
@@ -290,7 +290,11 @@ class Session:
         if self.checkpoints.committed == self.state.step:
             return
         state = {"run": self.state.saved(), "engine": self.engine.scalars()}
-        facts = {"config": plain(self.run), "tokenizer": self.tokenizer.fingerprint, "lineage": self.lineage}
+        tokenizer = {
+            "fingerprint": self.tokenizer.fingerprint,
+            "end_of_document": self.tokenizer.end_of_document,
+        }
+        facts = {"config": plain(self.run), "tokenizer": tokenizer, "lineage": self.lineage}
         self.checkpoints.save(
             self.state.step, self.engine.slices(), state, facts, asynchronous=self.run.checkpoint.async_
         )

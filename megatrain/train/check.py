@@ -36,7 +36,7 @@ def problems_of(run: Run, world: int) -> list[str]:
     found = layout_problems(
         run.layout, world, run.train.global_batch, seq_len=run.data.seq_len, precision=run.precision
     )
-    found += run.model.layout_problems(run.layout.tp)
+    found += run.model.layout_problems(run.layout.tp, run.layout.cp)
     found += unmatched(run.model.n_layers, run.layout.recompute)
     warmup = getattr(run.schedule, "warmup", 0)
     if warmup > run.total_steps:
@@ -45,7 +45,7 @@ def problems_of(run: Run, world: int) -> list[str]:
             "or train longer"
         )
     if not found:
-        dp = run.layout.mesh(world).axis("data").size
+        dp = run.layout.mesh(world).axis("dp").size
         found += run.data.batch_problems(run.train.global_batch, dp)
     return found
 

@@ -206,6 +206,8 @@ def _suspect(name: str, layout: Layout) -> str:
     """Which collective makes the gradient of a parameter whole under this layout."""
     column = (".to_qkv.", ".gate_up.", ".up.")
     row = (".to_out.", ".down.")
+    if layout.cp > 1 and layout.tp == 1:
+        return "the exchange of tokens for heads around attention, or gradient reduction, axis cp"
     if layout.tp > 1 and any(part in name for part in column):
         return "the sum of input gradients behind a column-parallel product, axis tp"
     if layout.tp > 1 and any(part in name for part in row):

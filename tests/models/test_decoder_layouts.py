@@ -17,7 +17,7 @@ from megatrain.nn.norm.layer_norm import LayerNorm
 from megatrain.nn.norm.rms_norm import RMSNorm
 from megatrain.nn.position.learned import Learned
 from megatrain.nn.position.none import NoPosition
-from megatrain.optim.norm import counted, global_norm, squared_norm
+from megatrain.optim.norm import counted_and_copies, global_norm, squared_norm
 from megatrain.parallel.mesh import Axis, Mesh
 from megatrain.parallel.shard import initialise, shard_of
 from megatrain.parallel.tensor import TensorParallel
@@ -65,8 +65,8 @@ def built(choice: Decoder, tp: TensorParallel) -> nn.Module:
 
 
 def norm_of(model: nn.Module, axis: Axis | None = None) -> Tensor:
-    pieces = [piece for p in model.parameters() for piece in counted(shard_of(p), p.grad)]
-    return global_norm(squared_norm(pieces, torch.device("cpu")), [axis] if axis else [])
+    pieces = [piece for p in model.parameters() for piece in counted_and_copies(shard_of(p), p.grad)[0]]
+    return global_norm(squared_norm(pieces, [], torch.device("cpu")), [axis] if axis else [])
 
 
 def cut_against_whole(n: int, names: list[str]) -> list[dict[str, tuple[Any, ...]]]:

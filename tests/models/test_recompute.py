@@ -10,7 +10,7 @@ from megatrain.parallel.shard import initialise
 
 
 def model(what: str, compiled: bool = False) -> DecoderModel:
-    choice = Decoder(d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=48, dropout=0.2)
+    choice = Decoder(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, dropout=0.2)
     found = choice.build(n_valid=50, seq_len=64, seed=3)
     initialise(found, 0)
     if what == "selective":
@@ -46,7 +46,7 @@ def backward(found: DecoderModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile looks at it itself
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("what", ["selective", "full", "[01]"])
+@pytest.mark.parametrize("what", ["selective", "full", "[0]"])
 def test_losses_and_gradients_are_those_of_keeping_everything(what: str, compiled: bool) -> None:
     loss, gradients, _ = backward(model("none", compiled))
     again, same, _ = backward(model(what, compiled))

@@ -47,7 +47,11 @@ def side(path: str, layout: str, folder: str, mutate: Any) -> None:
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory: pytest.TempPathFactory, text_data: Path) -> str:
     """A run with dropout, packed documents and two micro-batches a rank."""
-    return str(write_run(tmp_path_factory.mktemp("verify"), text_data, model__dropout=0.1))
+    return str(
+        write_run(
+            tmp_path_factory.mktemp("verify"), text_data, model__dropout=0.1, model__n_heads=8, model__n_kv_heads=4
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +72,9 @@ def one(run_file: str) -> Path:
         "tp=2,dp=2,zero=2",
         "dp=2,engine=fsdp2,zero=2",
         "tp=2,dp=2,engine=fsdp2,zero=3",
+        "cp=2,engine=plain",
+        "cp=2,dp=2,zero=2",
+        "cp=2,tp=2,engine=fsdp2,zero=3",
     ],
 )
 def test_layouts_equal_one_process(run_file: str, one: Path, tmp_path: Path, layout: str) -> None:

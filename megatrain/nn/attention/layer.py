@@ -6,7 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from megatrain.nn.where import Where
+from megatrain.parallel.collectives import to_heads, to_tokens
 from megatrain.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megatrain.parallel.mesh import ALONE, Axis
 from megatrain.parallel.shard import normal
 from megatrain.parallel.tensor import TensorParallel
 
@@ -18,6 +20,8 @@ class SelfAttention(nn.Module):
         kind, position, norm: the registered choices. `norm` serves queries and keys where the kind asks for it.
         name: under which the key-value cache keeps this layer.
         init_std, out_std: standard deviations of the input and the output projections at the start.
+        cp: ranks that hold other tokens of the same rows. For the product of queries and keys they exchange tokens for
+            heads (Jacobs et al. 2023, arXiv:2309.14509), so that each attends over whole rows with some of the heads.
     """
 
     def __init__(
@@ -35,9 +39,10 @@ class SelfAttention(nn.Module):
         init_std: float,
         out_std: float,
         out_bias: bool = False,
+        cp: Axis = ALONE,
     ):
         super().__init__()
-        self.kind, self.position, self.name = kind, position, name
+        self.kind, self.position, self.name, self.cp = kind, position, name, cp
         self.head_dim = head_dim
         self.n_local, self.n_kv_local = n_heads // tp.size, n_kv_heads // tp.size
         widths = (n_heads * head_dim, n_kv_heads * head_dim, n_kv_heads * head_dim)
@@ -54,7 +59,8 @@ class SelfAttention(nn.Module):
         q, k, v = self._heads(x, where)
         if where.cache is not None:
             k, v = where.cache.extend(self.name, k, v)
-        y = self.kind.attend(q, k, v, where)
+        q, k, v = (to_heads(x, self.cp) for x in (q, k, v))
+        y = to_tokens(self.kind.attend(q, k, v, where), self.cp)
         return self.to_out(y.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor, where: Where) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,12 +68,12 @@ class SelfAttention(nn.Module):
         h, g = self.n_local, self.n_kv_local
         qkv = self.to_qkv(x).unflatten(-1, (h + 2 * g, self.head_dim))
         if self.q_norm is None or self.k_norm is None:
-            turned = self.position.rotate(qkv[:, :, : h + g], where.tables)  # q and k in one go
-            q, k = turned[:, :, :h], turned[:, :, h:]
+            q, k, v = self.position.rotate(qkv, where.tables, h + g).split([h, g, g], 2)  # q and k in one go
         else:
-            q = self.position.rotate(self.q_norm(qkv[:, :, :h]), where.tables)
-            k = self.position.rotate(self.k_norm(qkv[:, :, h : h + g]), where.tables)
-        return q.transpose(1, 2), k.transpose(1, 2), qkv[:, :, h + g :].transpose(1, 2)
+            q, k, v = qkv.split([h, g, g], 2)
+            q = self.position.rotate(self.q_norm(q), where.tables)
+            k = self.position.rotate(self.k_norm(k), where.tables)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def residual_std(init_std: float, n_layers: int) -> float:
