@@ -5,6 +5,7 @@ import os
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -147,13 +148,17 @@ class Session:
         )
         return [context_part(batch, cp) for batch in batches]
 
+    @cached_property
+    def n_parameters(self) -> int:
+        """Of the undivided model."""
+        return self.run.model.n_parameters(self.tokenizer.vocab_size)
+
     def facts(self) -> dict[str, Any]:
         """What does not change while the run goes on."""
-        n_parameters = self.run.model.n_parameters(self.tokenizer.vocab_size)
         return {
             "name": self.run.name,
             "run_id": self.checkpoints.run,
-            "parameters": n_parameters,
+            "parameters": self.n_parameters,
             "ranks": self.identity.world,
             "mesh": {a: self.mesh.axis(a).size for a in ("pp", "dp", "cp", "tp")},
             "engine": self.resolved.engine,

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,13 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
-        """Hear SIGINT, SIGTERM and SIGUSR1 (what schedulers send ahead of a time limit) while inside."""
+        """Hear SIGINT, SIGTERM and SIGUSR1 (what schedulers send ahead of a time limit) while inside.
+
+        In a thread that is not the main one, as in a notebook's, Python hears no signals: nothing is changed there.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
         former = {number: signal.signal(number, self._hear) for number in SIGNALS}
         try:
             yield self
