@@ -13,8 +13,9 @@ from torch import Tensor
 
 from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.mesh import Axis
+from megatrain.parallel.product import by_float32, product_format
 
-CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = 4 * 2**20
 """Memory of one chunk of float32 logits. Small enough for a CPU's cache, large enough for a good product."""
 
 GPU_CHUNK_BYTES = 512 * 2**20
@@ -64,22 +65,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows: int,
     ) -> Tensor:
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        asked = product_format(hidden)
+        dtype = torch.float32 if by_float32(hidden) else asked
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         with torch.autocast(device, enabled=False):
-            head = weight[:n_local].to(dtype)
+            head = weight[:n_local].to(asked).to(dtype)
             total = hidden.new_zeros((), dtype=torch.float32)
             grad_hidden = torch.empty_like(hidden) if needs_grad else None
             grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=hidden.device) if needs_grad else None
             for begin in range(0, hidden.shape[0], rows):
                 here = slice(begin, begin + rows)
-                x = hidden[here].to(dtype)
-                loss, grad = _chunk(x, head, targets[here], weights[here], axis, first, needs_grad)
+                x = hidden[here].to(asked).to(dtype)
+                loss, grad, scale = _chunk(x, head, targets[here], weights[here], axis, first)
                 total += loss
-                if grad is not None and grad_hidden is not None and grad_weight is not None:
+                if grad_hidden is not None and grad_weight is not None:
                     grad = grad.to(dtype)
-                    grad_hidden[here] = grad @ head
-                    _add_product(grad_weight[:n_local], grad, x)
+                    grad_hidden[here] = (grad @ head).mul_(scale)
+                    _add_product(grad_weight[:n_local], grad, (x * scale).to(dtype))
         if needs_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
         return total
@@ -91,36 +93,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _chunk(
-    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, axis: Axis, first: int, needs_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(weighted loss sum of a chunk, gradient with respect to its logits, float32)."""
-    logits = (x @ head.T).float()
-    if axis.size == 1:
-        # log_softmax reads the logits once; in float32 it equals logit - logsumexp to rounding
-        scores = torch.log_softmax(logits, -1)
-        loss = -(scores.gather(-1, targets[:, None])[:, 0] * weights).sum()
-        if not needs_grad:
-            return loss, None
-        grad = scores.exp_()
-        grad.scatter_add_(-1, targets[:, None], torch.full_like(weights, -1.0)[:, None])
-        return loss, grad.mul_(weights[:, None])
+    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, axis: Axis, first: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(weighted loss sum of a chunk, gradient [n, v] with respect to its logits, scale [n, 1] it is yet to be given).
 
+    The scale, weight / sum of exponentials, is left to the much smaller factors of the products that follow.
+    """
     n_local = head.shape[0]
+    logits = (x @ head.T).float()
     top = logits.amax(-1) if n_local else logits.new_full((logits.shape[0],), -torch.inf)
-    top = all_reduce(top, axis.group, "max")
+    top = _over_ranks(top, axis, "max")
     logits -= top[:, None]
     absent = (targets < first) | (targets >= first + n_local)
     local = (targets - first).masked_fill(absent, 0)[:, None]
     hit = logits.gather(-1, local)[:, 0].masked_fill(absent, 0.0) if n_local else torch.zeros_like(top)
     exponentials = logits.exp_()
-    sums = all_reduce(torch.stack([exponentials.sum(-1), hit]), axis.group)
-    loss = ((sums[0].log() - sums[1]) * weights).sum()
-    if not needs_grad:
-        return loss, None
-    grad = exponentials.div_(sums[0][:, None])
+    total, hit = _over_ranks(torch.stack([exponentials.sum(-1), hit]), axis, "sum").unbind()
+    loss = ((total.log() - hit) * weights).sum()
     if n_local:
-        grad.scatter_add_(-1, local, -(~absent).float()[:, None])
-    return loss, grad.mul_(weights[:, None])
+        exponentials.scatter_add_(-1, local, -total.masked_fill(absent, 0.0)[:, None])
+    return loss, exponentials, (weights / total)[:, None]
+
+
+def _over_ranks(x: Tensor, axis: Axis, operation: str) -> Tensor:
+    return x if axis.size == 1 else all_reduce(x, axis.group, operation)
 
 
 def _add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:

@@ -6,9 +6,9 @@ need one collective in each direction.
 
 from typing import Protocol
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatrain.parallel.product import linear
 from megatrain.parallel.shard import Init, constant, parameter
 from megatrain.parallel.tensor import TensorParallel
 
@@ -37,7 +37,7 @@ class ColumnParallelLinear(nn.Module):
         init: Init,
         pieces: tuple[int, ...] | None = None,
         bias: bool = False,
-        product: Product = F.linear,
+        product: Product = linear,
     ):
         super().__init__()
         self.tp, self.product = tp, product
@@ -52,7 +52,7 @@ class RowParallelLinear(nn.Module):
     """y = x W^T (+ b), with the inputs cut over the ranks: [b, t, i / size] -> [b, t, o], summed."""
 
     def __init__(
-        self, d_in: int, d_out: int, tp: TensorParallel, *, init: Init, bias: bool = False, product: Product = F.linear
+        self, d_in: int, d_out: int, tp: TensorParallel, *, init: Init, bias: bool = False, product: Product = linear
     ):
         super().__init__()
         self.tp, self.product = tp, product

@@ -1,10 +1,13 @@
 """The one place that names an attention kernel, and the slow twin of every attention kind."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megatrain.parallel.product import by_float32
 
 
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
@@ -21,9 +24,11 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, 
     if grouped and q.device.type == "cpu":  # the fused CPU kernel takes equal head counts only
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         grouped = False
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=grouped
-    )
+    options: dict[str, Any] = {"attn_mask": mask, "is_causal": causal and mask is None, "enable_gqa": grouped}
+    if by_float32(q):
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options).bfloat16()
+    return F.scaled_dot_product_attention(q, k, v, **options)
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

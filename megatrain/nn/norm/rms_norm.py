@@ -1,7 +1,7 @@
 """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467): divide by the root mean square, scale by a learned weight."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +41,35 @@ class RMSNormLayer(nn.Module):
         self.weight = parameter(tp.copied((width,), constant(1.0), partial=partial))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return _FusedOnCPU.apply(x, self.weight, self.eps)
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
     def reference(self, x: Tensor) -> Tensor:
         """The paper's equation 4, in float64."""
         y = x.double()
         return y / torch.sqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight.double()
+
+
+class _FusedOnCPU(torch.autograd.Function):
+    """torch has one kernel for this norm on a GPU and a dozen on a CPU; LayerNorm's gradient, which is one, serves.
+
+    Given a mean of 0 it is this norm's gradient less its own mean over the row, which is then added again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y = x.float()
+        rate = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, rate, weight)
+        return (y * rate).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, rate, weight = ctx.saved_tensors
+        grad, gain, width = grads[0].float(), weight.float(), x.shape[-1]
+        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x.float(), (width,), torch.zeros_like(rate), rate, gain, None, (True, True, False)
+        )
+        grad_x.addcmul_((grad @ gain)[..., None], rate, value=1 / width)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None

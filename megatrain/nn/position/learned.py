@@ -27,7 +27,7 @@ class Learned:
     def prepare(self, positions: Tensor, head_dim: int) -> None:
         """Attention needs nothing more."""
 
-    def rotate(self, x: Tensor, tables: None) -> Tensor:
+    def rotate(self, x: Tensor, tables: None, n_turned: int | None = None) -> Tensor:
         return x
 
     @classmethod

@@ -20,7 +20,7 @@ class NoPosition:
     def prepare(self, positions: Tensor, head_dim: int) -> None:
         """Attention needs nothing."""
 
-    def rotate(self, x: Tensor, tables: None) -> Tensor:
+    def rotate(self, x: Tensor, tables: None, n_turned: int | None = None) -> Tensor:
         return x
 
     @classmethod

@@ -38,11 +38,12 @@ class Rotary:
         angles = positions[..., None, None] * self.theta**-exponents
         return angles.cos().float(), angles.sin().float()
 
-    def rotate(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        """Queries or keys [b, t, heads, head_dim], turned."""
+    def rotate(self, x: Tensor, tables: tuple[Tensor, Tensor], n_turned: int | None = None) -> Tensor:
+        """Heads [b, t, heads, head_dim] with the first `n_turned` of them turned (all by default)."""
+        n = x.shape[2] if n_turned is None else n_turned
         if torch.compiler.is_compiling():  # the compiler fuses the plain form, and finds that it need not keep x
-            return _turned(x, *tables, 1)
-        return _Turn.apply(x, *tables)
+            return _plainly_turned(x, *tables, n)
+        return _Turn.apply(x, *tables, n)
 
     def reference(self, x: Tensor, positions: Tensor) -> Tensor:
         """The paper's equation 34 on complex numbers, in float64: x [b, t, heads, head_dim]."""
@@ -57,24 +58,39 @@ class Rotary:
         return [cls(), cls(theta=500_000.0)]
 
 
+def _plainly_turned(x: Tensor, cos: Tensor, sin: Tensor, n: int) -> Tensor:
+    real, imaginary = x[:, :, :n].chunk(2, -1)
+    turned = torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], -1).to(x.dtype)
+    return turned if n == x.shape[2] else torch.cat([turned, x[:, :, n:]], 2)
+
+
 class _Turn(torch.autograd.Function):
     """A rotation; its gradient is the rotation back, so that only the small tables are kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, n: int) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin, 1)
+        ctx.n = n
+        b, t, heads, width = x.shape
+        by_head = x.new_empty(b, heads, t, width)  # as attention reads it
+        return _turn(x, cos, sin, n, by_head.transpose(1, 2))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turned(grads[0], cos, sin, -1), None, None
+        return _turn(grads[0], cos, -sin, ctx.n, grads[0].new_empty(grads[0].shape)), None, None, None
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    real, imaginary = x.chunk(2, -1)
-    turned = [
-        torch.addcmul(real * cos, imaginary, sin, value=-direction),
-        torch.addcmul(imaginary * cos, real, sin, value=direction),
-    ]
-    return torch.cat(turned, -1).to(x.dtype)
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, n: int, into: Tensor) -> Tensor:
+    """Write the first `n` heads turned, and the others as they are, into `into`; sums are float32 at least."""
+    given, target = x[:, :, :n], into[:, :, :n]
+    turned = target if torch.result_type(x, cos) == x.dtype else torch.empty_like(given, dtype=cos.dtype)
+    torch.mul(given, torch.cat([cos, cos], -1), out=turned)
+    (real, imaginary), (left, right) = given.chunk(2, -1), turned.chunk(2, -1)
+    left.addcmul_(imaginary, sin, value=-1)
+    right.addcmul_(real, sin)
+    if turned is not target:
+        target.copy_(turned)
+    if n < x.shape[2]:
+        into[:, :, n:].copy_(x[:, :, n:])
+    return into
