@@ -36,6 +36,24 @@ def from_hf(folder: str, out: str, check: bool) -> None:
     _say(from_hugging_face(folder, out, check=check))
 
 
+@command.command("from-deepspeed", short_help="A DeepSpeed ZeRO checkpoint to a checkpoint.")
+@click.argument("folder")
+@click.option("--like", required=True, type=click.Path(), help="A folder with the model's config.json and tokenizer.")
+@click.option("--out", required=True, type=click.Path(), help="The new checkpoint's folder.")
+@check
+def from_deepspeed(folder: str, like: str, out: str, check: bool) -> None:
+    """Make a checkpoint of the float32 weights in the DeepSpeed ZeRO checkpoint FOLDER of a Hugging Face model.
+
+    Nothing in its pickled files is executed.
+
+    \b
+    megatrain convert from-deepspeed out/global_step1000 --like ~/models/Llama-3.2-1B --out llama
+    """
+    from megatrain.convert.hugging_face import from_deepspeed as convert
+
+    _say(convert(folder, like, out, check=check))
+
+
 @command.command("to-hf", short_help="A checkpoint to a Hugging Face folder.")
 @click.argument("checkpoint")
 @click.option("--out", required=True, type=click.Path(), help="The new model's folder.")

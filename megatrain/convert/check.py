@@ -1,7 +1,6 @@
 """The proof of a conversion: both sides' logits on the same tokens."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from megatrain.base.optional import optional
 from megatrain.base.random import generator
 from megatrain.checkpoint.model import build_model, config_of
 from megatrain.checkpoint.read import Commit
+from megatrain.convert.folder import Folder
 from megatrain.nn.where import Where
 
 TOLERANCE = 1e-5
@@ -56,8 +56,8 @@ def logits(model: Any, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def compare(commit: Commit, folder: Path, family: str, source: str, target: str, dtype: torch.dtype | None) -> Report:
-    """Our checkpoint against the Hugging Face model in `folder`, both computed in float32.
+def compare(commit: Commit, theirs: Folder, family: str, source: str, target: str, dtype: torch.dtype | None) -> Report:
+    """Our checkpoint against the same model in the transformers library, both computed in float32.
 
     Args:
         dtype: what weights were rounded to on the way; ours are rounded alike. None: they were kept.
@@ -75,9 +75,6 @@ def compare(commit: Commit, folder: Path, family: str, source: str, target: str,
     tokens = prompts(ours.n_valid, config_of(commit)["data"]["seq_len"])
     a = logits(ours, tokens)
     del ours
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True
-    ).eval()
-    b = theirs(tokens).logits.float()
+    b = theirs.transformers_model(transformers).eval()(tokens).logits.float()
     largest = float((a - b).abs().max())
     return Report(family, source, target, tokens.numel(), largest, float(b.abs().max()), TOLERANCE)

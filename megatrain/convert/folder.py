@@ -43,18 +43,20 @@ def read_bounded_json(path: Path) -> Any:
 class Folder:
     """Tensors by their names in the format; mapped, so that only what is used is read.
 
+    `home` holds the config and the tokenizer, `path` is what errors name.
+
     Raises:
         CheckpointError: anything is missing or damaged, or the weights are pickled.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, weights: bool = True):
+        self.path = self.home = Path(path)
         self.config: dict[str, Any] = read_bounded_json(self.path / CONFIG)
         if not isinstance(self.config, dict) or not isinstance(self.config.get("model_type"), str):
             raise CheckpointError(f"{self.path / CONFIG} names no model_type: give the folder of a Hugging Face model")
         self._storage = LocalStorage(self.path)
         self._tensors: dict[str, tuple[str, int, Entry]] = {}
-        for file in self._files():
+        for file in self._files() if weights else []:
             self._add(file)
 
     @property
@@ -83,8 +85,12 @@ class Folder:
         data = self._storage.read(file, start + entry.begin, start + entry.end)
         return torch.frombuffer(data, dtype=entry.dtype).view(entry.shape)
 
+    def transformers_model(self, transformers: Any) -> Any:
+        """The model as the transformers library has it, in float32."""
+        return transformers.AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32, local_files_only=True)
+
     def side_files(self) -> dict[str, bytes]:
-        return {name: (self.path / name).read_bytes() for name in SIDE_FILES if (self.path / name).is_file()}
+        return {name: (self.home / name).read_bytes() for name in SIDE_FILES if (self.home / name).is_file()}
 
     def _files(self) -> list[str]:
         if (self.path / INDEX).exists():

@@ -21,6 +21,7 @@ from megatrain.checkpoint.storage import LocalStorage, refusal
 from megatrain.checkpoint.stream import Named, write_checkpoint
 from megatrain.checkpoint.tensorfile import Entry, encode_header
 from megatrain.convert.check import TOLERANCE, Report, compare
+from megatrain.convert.deepspeed_zero import DeepSpeedFolder
 from megatrain.convert.families import FAMILY
 from megatrain.convert.folder import CONFIG, INDEX, SIDE_FILES, SINGLE, Folder
 from megatrain.convert.table import Row, Theirs, with_layers
@@ -58,16 +59,32 @@ def from_hugging_face(folder: str | Path, out: str | Path, *, check: bool = True
         CheckpointError: the model is of no family here or cannot be ours, a tensor is missing or left over, or the
             logits differ (what was made is then in `out`.failed).
     """
-    theirs, out = Folder(folder), Path(out)
+    return convert_in(Folder(folder), Path(out), check)
+
+
+def from_deepspeed(folder: str | Path, like: str | Path, out: str | Path, *, check: bool = True) -> Report:
+    """Make a checkpoint of the float32 weights in a DeepSpeed ZeRO checkpoint of a Hugging Face model.
+
+    Args:
+        like: a folder with the model's config.json, and its tokenizer.
+
+    Raises:
+        CheckpointError: as `from_hugging_face`; or a file asks for code to be called, which is never done.
+    """
+    return convert_in(DeepSpeedFolder(folder, like), Path(out), check)
+
+
+def convert_in(theirs: Folder, out: Path, check: bool) -> Report:
+    """What all ways in have in common, once their names and config can be read."""
     kind = theirs.config["model_type"]
     if kind not in FAMILY:
-        raise CheckpointError(f"{folder} is a {kind!r} model: {did_you_mean(kind, FAMILY.kinds())}")
+        raise CheckpointError(f"{theirs.path} is a {kind!r} model: {did_you_mean(kind, FAMILY.kinds())}")
     family = FAMILY[kind]()
     read = Theirs(theirs.config)
     section = family.model(read)
     seq_len = read.get("max_position_embeddings", read.get("n_positions", 2048))
     read.finish(kind)
-    choice = model_choice(section, str(theirs.path / CONFIG))
+    choice = model_choice(section, str(theirs.home / CONFIG))
     rows = rows_of(family, choice)
     theirs.rename(family.prefix, family.untied)
     _refuse_other_tensors(theirs, family, choice, rows)
@@ -84,7 +101,7 @@ def from_hugging_face(folder: str | Path, out: str | Path, *, check: bool = True
         },
         beside=side,
     )
-    return _proven(out, check, written, theirs.path, kind, str(theirs.path), str(out), None)
+    return _proven(out, check, written, theirs, kind, str(theirs.path), str(out), None)
 
 
 def _refuse_other_tensors(theirs: Folder, family: Any, choice: Any, rows: list[Row]) -> None:
@@ -188,7 +205,7 @@ def to_hugging_face(
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    return _proven(out, check, commit, out, kind, commit.storage.describe(commit.folder), str(out), cast)
+    return _proven(out, check, commit, Folder(out), kind, commit.storage.describe(commit.folder), str(out), cast)
 
 
 def _family_for(choice: Any, commit: Commit, wanted: str | None) -> str:
@@ -300,13 +317,20 @@ def _write_tokenizer(folder: Path, commit: Commit, step_folder: Path) -> int | N
 
 
 def _proven(
-    out: Path, check: bool, commit: Commit, folder: Path, kind: str, source: str, target: str, cast: torch.dtype | None
+    out: Path,
+    check: bool,
+    commit: Commit,
+    theirs: Folder,
+    kind: str,
+    source: str,
+    target: str,
+    cast: torch.dtype | None,
 ) -> Report:
     """The report of a conversion, stored beside what it made; what fails is moved out of the way."""
     if not check:
         report = Report(kind, source, target, 0, None, None, TOLERANCE, not_checked="asked not to")
     else:
-        report = compare(commit, folder, kind, source, target, cast)
+        report = compare(commit, theirs, kind, source, target, cast)
     write_json(out / REPORT, asdict(report) | {"passed": report.passed})
     if check and not report.passed:
         failed = out.with_name(f"{out.name}.failed")

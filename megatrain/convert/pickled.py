@@ -1,0 +1,144 @@
+"""Tensors out of a pickled torch file, with nothing in it executed.
+
+`torch.save` writes a zip archive: a pickle that describes objects, and the raw bytes of each storage. The pickle is
+read by an unpickler that knows the few names tensors are made of. Objects of packages that are expected in such files
+(settings, enumerations) become inert placeholders; any other name is refused before anything is called.
+"""
+
+import io
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatrain.base.errors import CheckpointError
+from megatrain.checkpoint.storage import LocalStorage
+
+MAX_PICKLE_BYTES = 64 * 2**20
+
+STORAGES = {
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+}  # fmt: skip
+
+EXPECTED_PACKAGES = ("deepspeed", "argparse", "numpy", "megatron")
+"""What trainers leave beside their tensors; never imported."""
+
+
+class Placeholder:
+    """What stands for an object of a class that is not wanted: it keeps what it was made of, and does nothing."""
+
+    def __init__(self, *args: Any, **options: Any):
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __call__(self, *args: Any, **options: Any) -> "Placeholder":
+        return self
+
+    def append(self, item: Any) -> None:
+        pass
+
+    def extend(self, items: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A storage of the archive: bytes [begin, end) of the file."""
+
+    begin: int
+    end: int
+    dtype: torch.dtype
+
+
+def load_pickled(path: str | Path) -> Any:
+    """The objects of a file that torch.save wrote. Tensors are mapped: their bytes are read when they are used.
+
+    Raises:
+        CheckpointError: it is no such file, it is damaged, or it asks for anything else to be called.
+    """
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = {entry.filename: entry for entry in archive.infolist()}
+            described = [name for name in entries if name.endswith("/data.pkl")]
+            if len(described) != 1:
+                raise CheckpointError(f"{path} is not a file of torch.save: it describes no objects")
+            if entries[described[0]].file_size > MAX_PICKLE_BYTES:
+                raise CheckpointError(
+                    f"{path} describes objects in {entries[described[0]].file_size} bytes: that is too many"
+                )
+            text = archive.read(described[0])
+        prefix = described[0].removesuffix("data.pkl")
+        return _Unpickler(io.BytesIO(text), path, prefix, entries).load()
+    except CheckpointError:
+        raise
+    except (OSError, zipfile.BadZipFile, EOFError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    except Exception as error:  # a damaged pickle fails in any way
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, text: io.BytesIO, path: Path, prefix: str, entries: dict[str, zipfile.ZipInfo]):
+        super().__init__(text)
+        self.path, self.prefix, self.entries = path, prefix, entries
+        self.storage = LocalStorage(path.parent)
+        self.known: dict[tuple[str, str], Any] = {
+            ("collections", "OrderedDict"): OrderedDict,
+            ("torch", "Size"): torch.Size,
+            ("torch._utils", "_rebuild_tensor_v2"): self.tensor,
+            ("torch._utils", "_rebuild_parameter"): lambda data, *rest: data,
+            ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *rest: data,
+            # A tensor with attributes: rebuilt by one of the functions above, the attributes left out.
+            ("torch._tensor", "_rebuild_from_type_v2"): lambda rebuild, kind, arguments, state: rebuild(*arguments),
+            ("torch", "Tensor"): Placeholder,
+            ("torch.nn.parameter", "Parameter"): Placeholder,
+            ("builtins", "set"): set,
+            ("__builtin__", "set"): set,
+        }
+
+    def find_class(self, module: str, name: str) -> Callable[..., Any]:
+        if (module, name) in self.known:
+            return self.known[module, name]
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]  # type: ignore[return-value]  # only ever a part of a persistent id
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if module.split(".")[0] in EXPECTED_PACKAGES:
+            return Placeholder
+        raise CheckpointError(
+            f"{self.path} asks for {module}.{name}, which tensors do not need and which is not called: the file may be "
+            "malicious; have it saved as safetensors by those who made it"
+        )
+
+    def persistent_load(self, pid: Any) -> Stored:
+        kind, dtype, key, _, numel = pid
+        entry = self.entries[f"{self.prefix}data/{key}"]
+        dtype = dtype if isinstance(dtype, torch.dtype) else torch.uint8
+        if kind != "storage" or entry.compress_type != zipfile.ZIP_STORED or numel * dtype.itemsize != entry.file_size:
+            raise CheckpointError(f"{self.path} is damaged: its storage {key} is not as it is described")
+        # The local header repeats the name and has an extra field of its own length before the bytes.
+        local = bytes(self.storage.read(self.path.name, entry.header_offset, entry.header_offset + 30))
+        begin = (
+            entry.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+        )
+        return Stored(begin, begin + entry.file_size, dtype)
+
+    def tensor(self, stored: Stored, offset: int, shape: Any, stride: Any, *rest: Any) -> Tensor:
+        if stored.begin == stored.end:
+            return torch.empty(tuple(shape), dtype=stored.dtype)
+        data = self.storage.read(self.path.name, stored.begin, stored.end)
+        return torch.frombuffer(data, dtype=stored.dtype).as_strided(tuple(shape), tuple(stride), offset)
