@@ -17,8 +17,10 @@ from typing import Any
 
 from megatrain.base.errors import CheckpointError
 from megatrain.base.files import fsync_folder
+from megatrain.base.log import log
 
-BEAT_SECONDS = 5.0
+BEAT_SECONDS = 2.0
+LOOK_SECONDS = 0.2
 LOST_AFTER_SECONDS = 30.0
 """A holder on another node without a sign of life for this long has lost its lease."""
 
@@ -156,13 +158,23 @@ def _alive(path: Path) -> str | None:
         return None
     if host == _host():
         return f"process {pid} on this node" if _started(pid) == started else None
-    silence = _silence(path)
-    if silence >= LOST_AFTER_SECONDS:
-        return None
-    return (
-        f"process {pid} on {host.split()[0]}, which gave a sign of life {silence:.0f} seconds ago "
-        f"(without one for {LOST_AFTER_SECONDS:.0f} seconds it counts as dead)"
-    )
+    return f"process {pid} on {host.split()[0]}, which lives" if _beats(path) else None
+
+
+def _beats(path: Path) -> bool:
+    """Whether a lease of another node is touched within the time that its holder has.
+
+    A holder that lives is found within a beat or two; only after one that died (a job started again elsewhere) the
+    whole time is waited for.
+    """
+    seen = path.stat().st_mtime_ns
+    if (silence := _silence(path)) < LOST_AFTER_SECONDS:
+        log("%s was in use on another node %.0f seconds ago: looking for a sign of life", path.parent.parent, silence)
+    while _silence(path) < LOST_AFTER_SECONDS:
+        time.sleep(LOOK_SECONDS)
+        if path.stat().st_mtime_ns != seen:
+            return True
+    return False
 
 
 def _released(path: Path) -> bool:

@@ -94,6 +94,26 @@ def test_each_of_240_random_injuries_is_found_and_the_file_named(memory_path, ca
     assert checkpoints.newest().step == 2
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+def test_ranks_share_the_checking_and_together_check_every_byte_once(size, tmp_path, monkeypatch):
+    commit = commit_of(tmp_path, ranks_of(full_tensors(), 2, 2, True), file_bytes=700)
+    checked: list[list[tuple[str, int, int]]] = [[] for _ in range(size)]
+    digest = Commit._digest
+    for rank in range(size):
+        monkeypatch.setattr(
+            Commit, "_digest", lambda self, *part, rank=rank: checked[rank].append(part) or digest(self, *part)
+        )
+        assert commit.damage(rank, size) == []
+    spans = sorted(part for parts in checked for part in parts)
+    for file in commit.manifest.files.values():
+        mine = [(begin, end) for path, begin, end in spans if path.endswith(file.name) and begin < end]
+        assert [begin for begin, _ in mine] == [0, *(end for _, end in mine[:-1])]
+        assert mine[-1][1] == file.bytes
+    total = sum(file.bytes for file in commit.manifest.files.values())
+    largest = max(end - begin for _, begin, end in spans)
+    assert max(sum(end - begin for _, begin, end in parts) for parts in checked) <= total / size + largest
+
+
 def test_every_single_bit_of_a_small_commit_counts(memory_path):
     """All bits of the marker and of the tensors' file, one after the other."""
     full = {(s, "x"): torch.arange(3.0) for s in ("weights", "exp_avg", "exp_avg_sq")}

@@ -44,13 +44,26 @@ def other_node(folder, number: int, seconds_ago: float) -> None:
     os.utime(path, (time.time() - seconds_ago,) * 2)
 
 
-def test_a_job_on_another_node_holds_its_lease_while_it_gives_signs_of_life(tmp_path):
+def test_a_job_on_another_node_holds_its_lease_while_it_gives_signs_of_life(tmp_path, monkeypatch):
     other_node(tmp_path, 4, seconds_ago=2)
-    with pytest.raises(CheckpointError, match=r"process 1 on node-7, which gave a sign of life \d seconds ago"):
+    path = tmp_path / "lease" / "00000004"
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: os.utime(path))  # a beat, while we look
+    with pytest.raises(CheckpointError, match=r"in use by process 1 on node-7, which lives"):
         Lease.take(tmp_path)
-    other_node(tmp_path, 4, seconds_ago=module.LOST_AFTER_SECONDS + 5)
+
+
+def test_the_lease_of_a_job_that_died_on_another_node_is_taken_when_its_time_is_over(tmp_path, monkeypatch):
+    other_node(tmp_path, 4, seconds_ago=2)
+    path, waited = tmp_path / "lease" / "00000004", []
+
+    def silence(of) -> float:
+        return 2 + 10 * len(waited) if of == path else 0.0
+
+    monkeypatch.setattr(module.time, "sleep", waited.append)
+    monkeypatch.setattr(module, "_silence", silence)
     lease = Lease.take(tmp_path)
     assert lease.number == 5
+    assert len(waited) == 3  # 2, 12, 22 and 32 seconds: the limit is 30
     lease.release()
 
 
