@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import webdataset
 from click.testing import CliRunner
@@ -162,6 +164,38 @@ def test_a_build_killed_in_the_middle_ends_with_the_same_bytes(built, corpus, tm
     assert not (tmp_path / "data").exists()
     assert build(options(corpus, tmp_path / "data")).resumed_shards == 2
     assert digests(tmp_path / "data") == digests(built)
+
+
+@pytest.mark.slow
+def test_builds_with_workers_killed_at_random_moments_end_with_the_same_bytes_and_leave_no_process(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": document(i)}) + "\n" for i in range(3000)))
+    arguments = [sys.executable, "-m", "megatrain", "data", "build", "a.jsonl", "--vocab-size", "400"]
+    arguments += ["--shard-tokens", "20k", "--workers", "2", "--out"]
+    subprocess.run([*arguments, "whole"], cwd=tmp_path, check=True)
+    draw = np.random.default_rng(0)
+    for shards in (0, 1, 3, 4, 6):  # killed a moment after so many are there
+        process = subprocess.Popen([*arguments, "killed"], cwd=tmp_path)
+        while len(list(tmp_path.glob(".killed.building/train/shard-*.tar"))) < shards:
+            assert process.poll() is None
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.02))
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.wait()
+        assert not psutil.wait_procs(children, timeout=60)[1]
+    subprocess.run([*arguments, "killed"], cwd=tmp_path, check=True)
+    (tmp_path / "whole").rename(tmp_path / "first")
+    (tmp_path / "killed").rename(tmp_path / "whole")
+    whole, killed = digests(tmp_path / "first"), digests(tmp_path / "whole")
+    assert whole.keys() == killed.keys()
+    assert {name for name in whole if whole[name] != killed[name]} <= {"manifest.json"}  # which has the folder's name
+
+
+def test_a_build_loads_no_torch():
+    program = (
+        "import sys, megatrain.data.build, megatrain.data.clean, megatrain.data.verification, megatrain.data.summary"
+    )
+    subprocess.run([sys.executable, "-c", f"{program}\nassert 'torch' not in sys.modules"], check=True)
 
 
 def test_a_stopped_build_starts_afresh_when_the_input_was_edited(corpus, tmp_path):
