@@ -29,6 +29,7 @@ from megatrain.data.shards import MANIFEST, Manifest, Shard, ShardEntry, Tokeniz
 from megatrain.data.store import Store, is_remote, open_store, read_whole, redacted
 
 _FEW = 6  # documents that are copied faster one by one than gathered
+_READERS = 4096  # places that a shard remembers
 _OPEN_SHARDS = 512  # shuffled shards kept at once, at 24 bytes a document
 
 
@@ -50,13 +51,28 @@ class ShuffledShard:
         self.end = np.cumsum(length)
         self.begin = self.end - length
         self.shift = shard.start[order] - self.begin  # from a position to an element of the tar
+        self._sound = bytearray(len(order))  # 1 where a document was checked and is as it was written
+        self._expected: dict[int, int] = {}  # where readers will go on, and the document there
 
     def documents(self, start: int, stop: int) -> tuple[int, int]:
         """Which documents have tokens in [start, stop): places [first, last) in this order."""
-        first = int(self.end.searchsorted(start, side="right"))
-        if self.end[first] >= stop:
-            return first, first + 1
-        return first, int(self.begin.searchsorted(stop, side="left"))
+        first = self._expected.pop(start, -1)
+        if first < 0:
+            first = int(self.end.searchsorted(start, side="right"))
+            if len(self._expected) > _READERS:  # of readers that went elsewhere
+                self._expected.clear()
+        end = self.end[first]
+        last = first + 1 if end >= stop else int(self.begin.searchsorted(stop, side="left"))
+        self._expected[stop] = last - 1 if self.end[last - 1] > stop else last
+        return first, last
+
+    def damaged(self, first: int, last: int) -> NDArray[np.bool_] | None:
+        """Which of the documents [first, last) are not as they were written; None where all are sound."""
+        if self._sound.count(1, first, last) == last - first:
+            return None
+        found = self.shard.damaged_among(self.order[first:last])
+        self._sound[first:last] = (~found).tobytes()
+        return found if found.any() else None
 
     def lengths(self, first: int, last: int, start: int, stop: int) -> NDArray[np.int64]:
         """Tokens of each of those documents within [start, stop)."""
@@ -102,6 +118,8 @@ class Corpus:
         self.split = self.manifest.splits[split]
         self.n_tokens = self.split.tokens
         self.shards = [self._open(entry, address, store, cache or Cache()) for entry in self.split.shards]
+        self._reading: dict[int, tuple[int, int, ShuffledShard, int]] = {}
+        """By slot: a range of what it reads, counted as in `read`, that lies in one shard; and the shift to there."""
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._shuffled: OrderedDict[tuple[int, int], ShuffledShard] = OrderedDict()
 
@@ -115,16 +133,25 @@ class Corpus:
         """The range of every epoch that a slot reads."""
         return slot * self.n_tokens // n_slots, (slot + 1) * self.n_tokens // n_slots
 
-    def read(self, slot: int, n_slots: int, start: int, count: int) -> Iterator[Stretch]:
+    def read(self, slot: int, n_slots: int, start: int, count: int) -> list[Stretch]:
         """What a slot that has read `start` tokens reads next, `count` tokens in all."""
+        known = self._reading.get(slot)
+        if known is not None and known[0] <= start and start + count <= known[1]:  # well inside a shard, as mostly
+            shard, shift = known[2:]
+            return [Stretch(shard, start + shift, start + count + shift)]
+        found: list[Stretch] = []
         low, high = self.part(slot, n_slots)
         while count:
             epoch, offset = divmod(start, high - low)
             n = min(count, high - low - offset)
-            yield from self.stretches(epoch, low + offset, low + offset + n)
+            found += self.stretches(epoch, low + offset, low + offset + n)
             self._look_ahead(epoch, low + offset + n)
             start += n
             count -= n
+        shard, _, stop = found[-1]
+        upto = start + min(int(shard.end[-1]) - stop, high - low - offset - n)
+        self._reading[slot] = start, upto, shard, stop - start
+        return found
 
     def stretches(self, epoch: int, start: int, stop: int) -> Iterator[Stretch]:
         """[start, stop) of an epoch's stream."""

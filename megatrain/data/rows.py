@@ -7,6 +7,7 @@ target within its own document, nothing is predicted across documents, and to ge
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,12 @@ def arrays_in(buffer: bytearray | memoryview, n_rows: int, seq_len: int) -> Arra
 def empty(n_rows: int, seq_len: int) -> Arrays:
     """The arrays of a batch, to be filled."""
     return {name: np.empty((n_rows, seq_len), dtype) for name, dtype in NAMES.items()}
+
+
+@lru_cache(maxsize=8)
+def _count(n: int) -> NDArray[np.int64]:
+    """0 .. n-1, not to be written to."""
+    return np.arange(n)
 
 
 def n_bytes(n_rows: int, seq_len: int) -> int:
@@ -73,14 +80,14 @@ class Rows:
         """Write the tokens of `stretch` at `column` of `row`; returns the column after them."""
         shard, start, stop = stretch
         first, last = shard.documents(start, stop)
-        damaged = shard.shard.damaged_among(shard.order[first:last])
+        damaged = shard.damaged(first, last)
         written = Written(row, column, stretch, first, last)
         self.written.append(written)
         element = row * self.seq_len + column
         self._begins.append(element)
         if last - first > 1:
             self._begins += (shard.begin[first + 1 : last] + (element - start)).tolist()
-        if damaged.any():
+        if damaged is not None:
             self._put_damaged(written, damaged)
         else:
             shard.copy(self._targets[element : element + stop - start], first, last, start, stop)
@@ -141,11 +148,11 @@ class Rows:
             tokens[element] = before
         positions, documents = self.arrays["positions"], self.arrays["documents"]
         if not mask_documents:
-            positions[:] = np.arange(self.seq_len)
+            positions[:] = _count(self.seq_len)
             documents.fill(0)
             return False
         lengths = np.diff(begins, append=self._targets.size)
-        np.subtract(np.arange(self._targets.size), np.repeat(begins, lengths), out=positions.reshape(-1))
+        np.subtract(_count(self._targets.size), np.repeat(begins, lengths), out=positions.reshape(-1))
         row = begins // self.seq_len
         number = np.arange(len(begins)) - row.searchsorted(row)  # how many begin before it in its row
         documents.reshape(-1)[:] = np.repeat(number.astype(np.int32), lengths)
