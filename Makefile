@@ -14,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# Two cores run two test files at a time; more than four would only fight for memory.
+# Two cores run two tests at a time; more than four would only fight for memory.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 4 ? 4 : n )))
 
 # A machine whose Python has a torch that sees a card keeps that torch: it was built for the card.
@@ -62,7 +62,7 @@ demo: setup
 	@echo "== the run as a page: runs/tiny/report.html"
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'slow and not gpu' $(ARGS)
