@@ -1,9 +1,13 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 import megatrain
 from megatrain.data.build import BuildOptions, build
+
+settings.register_profile("megatrain", deadline=None)  # how busy a machine is says nothing about the code
+settings.load_profile("megatrain")
 
 
 @pytest.fixture(scope="session")

@@ -87,7 +87,7 @@ def ticks(low: float, high: float, n: int = 4) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten) within [low, high], about `n` of them."""
     raw = (high - low) / max(1, n)
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    step = min((power, 2 * power, 5 * power, 10 * power), key=lambda s: abs(math.log(s / raw)))
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
