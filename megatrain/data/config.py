@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from megatrain.data.cache import Cache
 from megatrain.data.corpus import Corpus
+from megatrain.data.objective import OBJECTIVE, Objective
+from megatrain.data.objective.next_token import NextToken
 from megatrain.data.packing import PACKING, Packing
 from megatrain.data.packing.concat import Concat
 from megatrain.data.store import problems as address_problems
@@ -54,6 +56,8 @@ class Data:
     curriculum: tuple[Stage, ...] = ()
     """Changes of the weights and the row length as training goes on, by the tokens drawn so far."""
     packing: Annotated[Packing, PACKING] = field(default_factory=Concat)
+    objective: Annotated[Objective, OBJECTIVE] = field(default_factory=NextToken)
+    """What is predicted of a document in training; held-out documents are always predicted token by token."""
     mask_documents: bool = True
     """Documents in a row do not see each other, and positions restart with each."""
     on_damage: Literal["refuse", "skip"] = "refuse"
@@ -118,7 +122,7 @@ class Data:
 
     def all_problems(self, global_batch: int, dp: int) -> list[str]:
         """What is wrong with these values alone, of the choices among them, and with the batch and the ranks."""
-        choices: list[list[str]] = [getattr(choice, "problems", list)() for choice in (self.packing,)]
+        choices: list[list[str]] = [getattr(choice, "problems", list)() for choice in (self.packing, self.objective)]
         return self.problems() + [p for found in choices for p in found] + self.batch_problems(global_batch, dp)
 
     def batch_problems(self, global_batch: int, dp: int) -> list[str]:

@@ -107,7 +107,7 @@ class Corpus:
         self.name, self.seed = redacted(address), seed
         store = open_store(address, allow_pipe) if is_remote(address) else None
         self.manifest = Manifest.read(Path(address)) if store is None else _remote_manifest(store)
-        self._remote = store is not None
+        self._remote, self._store, self._address = store is not None, store, address
         self.fingerprint = self.manifest.fingerprint
         if split not in self.manifest.splits or not self.manifest.splits[split].tokens:
             full = [name for name, s in self.manifest.splits.items() if s.tokens]
@@ -128,6 +128,17 @@ class Corpus:
             return Shard.of(Path(address), entry, self.manifest.dtype)
         check_paths(entry, self.name)
         return RemoteShard(store, entry, self.manifest.dtype, cache)
+
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the tokenizer's special tokens by text; none where its file is not here."""
+        name = self.manifest.tokenizer.file
+        if self._store is not None:
+            text = read_whole(self._store, name)
+        elif (path := Path(self._address) / name).exists():
+            text = path.read_bytes()
+        else:
+            return {}
+        return {token["content"]: token["id"] for token in json.loads(text).get("added_tokens", [])}
 
     def part(self, slot: int, n_slots: int) -> tuple[int, int]:
         """The range of every epoch that a slot reads."""

@@ -72,7 +72,7 @@ class Rows:
         self.skipped: list[Piece] = []
         """What was left out of the loss, since its document is damaged."""
         self._begins: list[int] = []  # elements, counted through all rows, where a document begins or is entered
-        self._entered: list[tuple[int, int]] = []  # elements where one is entered in the middle, and the id before
+        self._entered: dict[int, int] = {}  # elements where one is entered in the middle, and the id before
         self._targets = arrays["targets"].reshape(-1)
         arrays["weights"].fill(1)
 
@@ -92,7 +92,7 @@ class Rows:
         else:
             shard.copy(self._targets[element : element + stop - start], first, last, start, stop)
             if shard.begin[first] != start:
-                self._entered.append((element, shard.before(first, start)))
+                self._entered[element] = shard.before(first, start)
         return column + stop - start
 
     def _put_damaged(self, written: Written, damaged: NDArray[np.bool_]) -> None:
@@ -120,7 +120,7 @@ class Rows:
                 first, last = shard.documents(at, at + piece.n_tokens)
                 shard.copy(self._targets[into], first, last, at, at + piece.n_tokens)
                 if not piece.begins:
-                    self._entered.append((element, shard.before(first, at)))
+                    self._entered[element] = shard.before(first, at)
 
     def pad(self, row: int, column: int) -> None:
         """Fill the rest of a row with tokens that do not count and that no document sees."""
@@ -130,6 +130,23 @@ class Rows:
         self._begins.append(into.start)
         self._targets[into] = self.end_of_document
         self.arrays["weights"].reshape(-1)[into] = 0
+
+    def body(self, piece: "Piece") -> NDArray[np.int64]:
+        """A copy of a piece's targets without its end-of-document token; empty where it is damaged."""
+        element = piece.row * self.seq_len + piece.column
+        found = self._targets[element : element + piece.n_tokens].copy()
+        if piece in self.skipped:
+            return found[:0]
+        return found[:-1] if found[-1] == self.end_of_document else found
+
+    def rewrite(self, piece: "Piece", targets: NDArray[np.int64], weights: NDArray[np.float32] | None = None) -> None:
+        """Put `targets` in place of the piece's `body`, which is as long, and read it like a document of its own."""
+        element = piece.row * self.seq_len + piece.column
+        into = slice(element, element + len(targets))
+        self._targets[into] = targets
+        if weights is not None:
+            self.arrays["weights"].reshape(-1)[into] = weights
+        self._entered.pop(element, None)
 
     def finish(self, mask_documents: bool) -> bool:
         """Work out the other arrays from the targets and where documents begin.
@@ -144,7 +161,7 @@ class Rows:
         begins = np.sort(np.array(self._begins))  # rows may have been filled in any order
         tokens[1:] = self._targets[:-1]
         tokens[begins] = self.end_of_document
-        for element, before in self._entered:
+        for element, before in self._entered.items():
             tokens[element] = before
         positions, documents = self.arrays["positions"], self.arrays["documents"]
         if not mask_documents:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatrain.base.errors import ConfigError, DataError
+from megatrain.base.random import seed_of
 from megatrain.data import mixture
 from megatrain.data.config import Data
 from megatrain.data.corpus import Corpus, common_tokenizer
@@ -52,6 +53,7 @@ class Stream:
         self.slots = Slots.first(order.n_slots, self._share, order.seed, seq_len)
         if cursors is not None:
             self.slots.restore(cursors, order.seed, *self._names())
+        self.rewriter = data.objective.build(self.corpora[0].special_tokens)
         self.packer = data.packing.build(self.corpora, self.slots, data.seq_len)
         per_rank = order.n_slots // order.dp_size
         self.own = range(order.dp_rank * per_rank, (order.dp_rank + 1) * per_rank)
@@ -82,10 +84,16 @@ class Stream:
             DataError: a shard is damaged or holds an id that is not in the vocabulary.
         """
         rows = Rows(arrays, self.tokenizer.end_of_document, self.order.data.on_damage == "skip")
+        batch = self.slots.batches
         self._draw(rows)
+        self.rewriter.rewrite(rows, lambda row, column: self._seed(batch, row, column))
         packed = rows.finish(self.order.data.mask_documents)
         check_vocabulary(rows, self.vocab_size)
         return packed, rows
+
+    def _seed(self, batch: int, row: int, column: int) -> int:
+        """The seed of what is random at a place of this rank's rows: that of its place in the global batch."""
+        return seed_of(self.order.seed, "objective", batch, row + self.order.dp_rank * self.order.n_rows, column)
 
     def _draw(self, rows: Rows | None) -> None:
         """Every slot draws its rows; those of this rank are filled. A slot's rows stand together in the batch."""

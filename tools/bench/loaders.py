@@ -2,7 +2,7 @@
 
     python tools/bench/loaders.py [--root DIR] [--repeat 5] [--workers 0 1] [--json]
 
-The corpus is Python's standard library, a token for four bytes, so that lengths are those of real documents; all loaders
+The corpus is Python's standard library, a token for four bytes, so that lengths are those of real documents; loaders
 give int64 rows of the same length, shuffled, from the same tokens. Peers that are not installed are left out: litdata
 (`litdata`), MosaicML streaming (`mosaicml-streaming`). `gather` is no loader but a floor: one permuted gather from one
 array, without documents, masks or checks.
@@ -213,7 +213,7 @@ def measure(name: str, root: Path, workers: int, n_batches: int) -> dict[str, An
     assert batch.shape == (ROWS, SEQ_LEN), batch.shape
     assert batch.dtype == torch.int64
     began, cpu, n = time.perf_counter(), cpu_seconds(), 0
-    for batch in batches:
+    for _ in batches:
         n += 1
         if n == n_batches:
             break
