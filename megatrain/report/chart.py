@@ -157,7 +157,7 @@ def _grid(frame: Frame, show: Callable[[float], str]) -> list[str]:
         x, y, text = frame.left - 6, f"{frame.y(value):.1f}", html.escape(show(value))
         found.append(f'<line class="grid" x1="{frame.left}" x2="{frame.width - frame.right}" y1="{y}" y2="{y}"/>')
         found.append(f'<text class="tick" x="{x}" y="{y}" dy=".32em" text-anchor="end">{text}</text>')
-    for step in ticks(*frame.x_range, n=max(4, frame.width // 120)):
+    for step in ticks(*frame.x_range, n=frame.width // 110):
         if step == int(step):
             at = frame.x(step)
             anchor = "end" if at > frame.width - 24 else "middle"
