@@ -252,3 +252,19 @@ def test_a_parameter_that_is_not_trained_keeps_its_value_and_has_no_moments():
     assert ("weights", "embedding.weight") not in moved
     assert ("exp_avg", "embedding.weight") not in after
     assert ("weights", "norm.weight") in moved
+
+
+def train_compiled() -> list[tuple[float, float, float, float]]:
+    """ZeRO-3 over blocks that are compiled in one graph each; tracing is what is tested, so no code is generated."""
+    mesh = connected()
+    model = MODEL.build(n_valid=VOCABULARY, seq_len=SEQ_LEN)
+    initialise(model, seed=3)
+    for block in model.layers.values():
+        block.forward = torch.compile(block.forward, fullgraph=True, backend="eager")
+    engine = toy_engine("deepspeed", 3, mesh, model=model, micro_batch=4, choice=DeepSpeed(persistent_below=0))
+    return [floats(engine.step(rows_of(toy_batch(k, ROWS), mesh), LR)) for k in range(3)]
+
+
+def test_compiled_blocks_stay_one_graph_under_zero_3():
+    for reports in run(train_compiled, 2):
+        assert_reports_near(reports, reference().reports[:3], 1e-5)
