@@ -5,7 +5,6 @@ product. There the operands are rounded to bf16 as ever, multiplied as float32 n
 a bf16 product with float32 sums gives, and gradients that are rounded once less.
 """
 
-import functools
 import platform
 from typing import Any
 
@@ -13,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@functools.cache
-def cpu_multiplies_bf16() -> bool:
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return not x86 or "AVX512" in torch.backends.cpu.get_cpu_capability()
+CPU_MULTIPLIES_BF16 = (
+    platform.machine().lower() not in ("x86_64", "amd64") or "AVX512" in torch.backends.cpu.get_cpu_capability()
+)
+"""oneDNN has bf16 products for this CPU. A constant, since the compiler must know it while it traces."""
 
 
 def product_format(x: Tensor) -> torch.dtype:
@@ -28,7 +26,7 @@ def product_format(x: Tensor) -> torch.dtype:
 
 def by_float32(x: Tensor) -> bool:
     """Products of `x` are asked in bf16 and this device is better off making them in float32."""
-    return x.device.type == "cpu" and product_format(x) == torch.bfloat16 and not cpu_multiplies_bf16()
+    return x.device.type == "cpu" and product_format(x) == torch.bfloat16 and not CPU_MULTIPLIES_BF16
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -236,6 +236,20 @@ def test_compiled_blocks_give_the_same_gradients_and_share_one_graph():
     assert counter.frame_count == 1
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
+def test_compiled_blocks_compute_in_bf16_too():
+    c = choice()
+    plain, fast = model_of(c), model_of(c)
+    fast.compile_blocks(backend="aot_eager")
+    given = batch((5, 7), (2, 10), vocab_size=N_VALID)
+    for model in (plain, fast):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = model(given)
+        loss.backward()
+    for (name, p), q in zip(plain.named_parameters(), fast.parameters(), strict=True):
+        assert error(q.grad, p.grad) < 2e-2, name
+
+
 # ------------------------------------------------------------------------------------------------ every combination
 
 

@@ -14,7 +14,7 @@ ROUNDING = 2**-8
 
 @pytest.fixture(params=[True, False], ids=["native", "by float32"])
 def native(request, monkeypatch) -> bool:
-    monkeypatch.setattr(product, "cpu_multiplies_bf16", lambda: request.param)
+    monkeypatch.setattr(product, "CPU_MULTIPLIES_BF16", request.param)
     return request.param
 
 

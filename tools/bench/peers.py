@@ -179,14 +179,14 @@ PEERS: dict[str, Callable[[Shape, bool, bool], Step]] = {f.__name__: f for f in 
 # ------------------------------------------------------------------------------------------------ one process
 
 
-def serve(peer: str, precision: str, compiled: bool, threads: int, warmup: int) -> None:
+def serve(peer: str, shape: Shape, precision: str, compiled: bool, threads: int, warmup: int) -> None:
     """Take a step for each line of standard input and answer with its cost, as JSON lines."""
     torch.set_num_threads(threads)
     if peer == "transformers":
         import transformers as _  # what importing costs is no peer's training memory
     F.silu(torch.ones(1))
     before = resident()
-    step = PEERS[peer](Shape(), precision == "bf16", compiled)
+    step = PEERS[peer](shape, precision == "bf16", compiled)
     losses = [step() for _ in range(warmup)]
     print(json.dumps({"ready": True, "losses": losses}), flush=True)
     for _ in sys.stdin:
@@ -207,8 +207,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("peer", choices=sorted(PEERS))
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--batch", type=int, default=Shape.batch)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--warmup", type=int, default=2)
     a = parser.parse_args()
-    serve(a.peer, a.precision, a.compile, a.threads, a.warmup)
+    serve(a.peer, Shape(batch=a.batch), a.precision, a.compile, a.threads, a.warmup)

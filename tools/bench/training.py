@@ -24,13 +24,14 @@ ALL = [name + suffix for suffix in ("", "+compile") for name in PEERS]
 OURS = "megatrain"
 
 
-def measured(names: list[str], precision: str, cycles: int, threads: int) -> list[dict[str, Any]]:
+def measured(names: list[str], precision: str, cycles: int, threads: int, batch: int) -> list[dict[str, Any]]:
     """One launch: every peer started, warmed, stepped in turn. A line for each peer."""
     peers = []
     try:
         for name in names:
             peer, _, compiled = name.partition("+")
-            program = [str(HERE / "peers.py"), peer, "--precision", precision, "--threads", str(threads)]
+            program = [str(HERE / "peers.py"), peer, "--precision", precision]
+            program += ["--threads", str(threads), "--batch", str(batch)]
             peers.append(Peer.start(name, program + ["--compile"] * bool(compiled), threads))
         run(peers, cycles)
     finally:
@@ -71,7 +72,7 @@ def table(lines: list[dict[str, Any]], tokens: int) -> str:
     return "\n".join(rows)
 
 
-def environment(threads: int, cycles: int, launches: int) -> dict[str, Any]:
+def environment(threads: int, cycles: int, launches: int, batch: int) -> dict[str, Any]:
     """What the figures depend on."""
     cpu = next(
         (r.split(":")[1].strip() for r in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in r), "?"
@@ -83,7 +84,7 @@ def environment(threads: int, cycles: int, launches: int) -> dict[str, Any]:
         "threads": threads,
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
         "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
-        "shape": asdict(Shape()),
+        "shape": asdict(Shape(batch=batch)),
         "cycles": cycles,
         "launches": launches,
     }
@@ -95,17 +96,20 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", choices=ALL, default=ALL)
     parser.add_argument("--cycles", type=int, default=9, help="steps of each peer in a launch")
     parser.add_argument("--launches", type=int, default=1, help="times that everything is started anew")
+    parser.add_argument("--batch", type=int, default=Shape.batch, help="sequences of a step")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--json", type=Path, help="file to write the conditions and every step's cost to, a line a peer"
     )
     a = parser.parse_args()
-    conditions, lines = environment(a.threads, a.cycles, a.launches), []
+    conditions, lines = environment(a.threads, a.cycles, a.launches, a.batch), []
     for precision in a.precision:
         for launch in range(a.launches):
-            lines += [line | {"launch": launch} for line in measured(a.peers, precision, a.cycles, a.threads)]
+            lines += [line | {"launch": launch} for line in measured(a.peers, precision, a.cycles, a.threads, a.batch)]
         print(f"\n{precision}, {conditions['device']}, {a.threads} thread, {a.launches} x {a.cycles} cycles")
-        print(table([line for line in lines if line["precision"] == precision], Shape().tokens), flush=True)
+        print(
+            table([line for line in lines if line["precision"] == precision], Shape(batch=a.batch).tokens), flush=True
+        )
     if a.json:
         with open(a.json, "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in (conditions, *lines))
