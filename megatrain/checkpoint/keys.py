@@ -22,6 +22,7 @@ FREE = (
     "data.allow_pipe",
     "train.eval_every",
     "train.eval_batches",
+    "train.drift_every",
     "train.max_skips",
 )
 """Shell patterns over dotted keys. `train.steps` is not among them: schedules are functions of the run's length."""

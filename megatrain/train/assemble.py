@@ -16,6 +16,7 @@ from megatrain.base.errors import PreemptedError
 from megatrain.base.log import log, start_logging, warn
 from megatrain.base.units import show_count
 from megatrain.checkpoint.checkpoints import Checkpoints
+from megatrain.checkpoint.exchange import Exchange
 from megatrain.checkpoint.origin import revision, versions
 from megatrain.checkpoint.read import Commit, find
 from megatrain.cluster.identity import Identity, identity_of
@@ -28,6 +29,7 @@ from megatrain.engine.layout import resolve_engine
 from megatrain.nn.batch import Batch
 from megatrain.parallel.mesh import Mesh
 from megatrain.report.page import write_report
+from megatrain.train.agreement import Drift, refuse_disagreement, refuse_drift
 from megatrain.train.build import build_engine, context_part, open_feed
 from megatrain.train.check import refuse
 from megatrain.train.config import Run
@@ -79,6 +81,9 @@ class Session:
     def __post_init__(self) -> None:
         run = self.run
         self.state = State()
+        self.exchange = Exchange(self.mesh.axis("world"))
+        code = {"revision": revision(), "versions": versions()}
+        refuse_disagreement({"config": plain(run), "tokenizer": self.tokenizer.fingerprint, **code}, self.exchange)
         self.folder = RunFolder(run.folder)
         self.folder.make()
         self.checkpoints = Checkpoints(
@@ -96,6 +101,7 @@ class Session:
         self.stack.callback(self.engine.close)
         self._restore(commit)
         self.resumed_at = self.state.step
+        refuse_drift(self.engine, self.exchange, self.resumed_at)
         if self.rank == 0:
             self._prepare_folder(commit)
         self.feed = open_feed(run, self.mesh, self.device, self.state.cursors)
@@ -223,6 +229,7 @@ class Session:
         run = self.run
         every = run.checkpoint.every or 0
         return [
+            Drift(run.train.drift_every, self.engine, self.exchange),
             Evaluation(run.train.eval_every, handle),
             *(choice.build(handle) for choice in run.hooks),
             Metrics(handle),

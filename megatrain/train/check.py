@@ -38,12 +38,7 @@ def problems_of(run: Run, world: int) -> list[str]:
     )
     found += run.model.layout_problems(run.layout.tp, run.layout.cp)
     found += unmatched(run.model.n_layers, run.layout.recompute)
-    warmup = getattr(run.schedule, "warmup", 0)
-    if warmup > run.total_steps:
-        found.append(
-            f"schedule.warmup={warmup} is longer than the run of {run.total_steps} steps: make it shorter, "
-            "or train longer"
-        )
+    found += run.schedule.unsupported_reasons(run.total_steps)
     if not found:
         dp = run.layout.mesh(world).axis("dp").size
         found += run.data.batch_problems(run.train.global_batch, dp)

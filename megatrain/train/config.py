@@ -29,6 +29,8 @@ class Train:
     """Steps between evaluations of the held-out split; 0 evaluates only at the end."""
     eval_batches: int = 8
     """Global batches of held-out data in one evaluation (fewer if the split is smaller)."""
+    drift_every: int = 1000
+    """Steps between checks that copies of weights on several ranks still have the same bits; 0 checks only at start."""
     max_skips: int = 20
     """Steps in a row that may be skipped because a gradient was not finite; one more ends the run."""
 
@@ -39,7 +41,7 @@ class Train:
         for name in ("global_batch", "eval_batches"):
             if getattr(self, name) < 1:
                 found.append(f"{name}={getattr(self, name)}: it must be at least 1")
-        for name in ("eval_every", "max_skips"):
+        for name in ("eval_every", "drift_every", "max_skips"):
             if getattr(self, name) < 0:
                 found.append(f"{name}={getattr(self, name)}: it must be at least 0")
         if self.steps == 0 or self.tokens == 0:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatrain.base.errors import ConfigError
 from megatrain.base.files import read_json_lines, written_whole
+from megatrain.config.source import dump, read
 
 
 @dataclass(frozen=True)
@@ -57,13 +56,13 @@ class RunFolder:
         if not self.config.exists():
             return None
         try:
-            return yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"{self.config} cannot be read ({error}): restore it, or choose another name") from None
+            return read(self.config).plain()
+        except ConfigError as error:
+            raise ConfigError(f"{error}: restore {self.config}, or choose another name") from None
 
     def write_config(self, config: dict[str, Any]) -> None:
         with written_whole(self.config) as file:
-            yaml.safe_dump(config, file, sort_keys=False)
+            file.write(dump(config))
 
     def note(self, kind: str, step: int, **facts: Any) -> None:
         """Append a line to events.jsonl."""

@@ -22,7 +22,10 @@ SAME_WORD_SECONDS = 1.0
 
 
 class StopRequest:
-    """Whether this process was asked to stop. The first word ends the step under way, the second the process."""
+    """Whether this process was asked to stop. The first word ends the step under way, a second Ctrl-C the process.
+
+    A second SIGTERM is not heard: torchrun's agent sends one to the ranks that still save when the first has left.
+    """
 
     def __init__(self) -> None:
         self.asked = False
@@ -49,7 +52,7 @@ class StopRequest:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.asked and now - self._first > SAME_WORD_SECONDS and number in (signal.SIGINT, signal.SIGTERM):
+        if self.asked and now - self._first > SAME_WORD_SECONDS and number == signal.SIGINT:
             os._exit(EXIT_PREEMPTED)  # the last commit is what is left, as after a kill
         if not self.asked:
             self._first = now

@@ -16,7 +16,7 @@ import yaml
 
 from megatrain.base import units
 from megatrain.cli.main import main
-from megatrain.train.run import read_run
+from megatrain.train.config import read_run
 from tests.train.small import metrics, write_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -115,7 +115,7 @@ REFUSED: list[tuple[str, dict[str, Any], list[str], str]] = [
     ("kv heads", {"model__n_kv_heads": 3}, [], "n_kv_heads=3"),
     ("odd head", {"model__head_dim": 7}, [], "head_dim=7 is odd"),
     ("small vocabulary", {"model__vocab_size": 7}, [], "model.vocab_size=7 is smaller than"),
-    ("long warm-up", {"schedule__warmup": 1000}, [], "schedule.warmup=1000 is longer than the run of 12 steps"),
+    ("long warm-up", {"schedule__warmup": 1000}, [], "schedule.warmup=1000 steps leaves nothing of a run of 12 steps"),
     ("micro batch", {"layout__micro_batch": 3}, [], "layout.micro_batch=3 does not divide"),
     ("tensor parallel", {"layout__tp": 3}, [], "tp x pp x cp = 3 x 1 x 1 = 3 does not divide the 1 ranks"),
     ("data parallel", {"layout__dp": 2}, [], "layout.dp=2"),

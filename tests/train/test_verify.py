@@ -10,7 +10,7 @@ from megatrain.base.errors import ConfigError
 from megatrain.engine.kinds import plain
 from megatrain.engine.layout import Layout
 from megatrain.parallel import collectives
-from megatrain.train.run import read_run
+from megatrain.train.config import read_run
 from megatrain.train.verify import compare, layout_of, prepared, relative, take_steps
 from tests.ranks import run
 from tests.train.small import write_run

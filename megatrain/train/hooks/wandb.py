@@ -82,6 +82,8 @@ class Wandb(Hook):
             return False
         except OSError:
             warn("wandb's process has gone (see wandb.log); the run goes on, and metrics.jsonl has everything")
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
             self.process.stdin = None
             return False
         return True
