@@ -6,7 +6,6 @@ and not trained on is not lost.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -97,15 +96,16 @@ class Feed(Iterator[Batch]):
         if self._workers:
             arrays, filled = self._workers[self._turn % len(self._workers)].next()
             self._note(filled.skipped)
-            batch = batch_of(arrays, filled.packed, filled.cursors, self.pin_memory, copy=True)
+            packed, cursors, copy = filled.packed, filled.cursors, True
             self._turn += 1
         else:
             arrays = empty(*self._stream.shape)
             packed, rows = self._stream.fill(arrays)
             self._note(rows.skipped)
-            batch = batch_of(arrays, packed, self._stream.cursors(), self.pin_memory)
+            cursors, copy = self._stream.cursors(), False
+        tensors = tensors_of(arrays, self.pin_memory, copy)
         first_row = self.order.dp_rank * self.order.n_rows
-        batch = replace(batch, step=self._delivered, first_row=first_row)
+        batch = Batch(**tensors, packed=packed, cursors=cursors, step=self._delivered, first_row=first_row)
         self._delivered += 1
         return batch
 
@@ -150,11 +150,11 @@ def held_out(
     source = HeldOut(data, vocab_size)
     rows = range(dp_rank * global_batch // dp_size, (dp_rank + 1) * global_batch // dp_size)
     for arrays, packed in source.batches(global_batch, n_batches, rows):
-        yield batch_of(arrays, packed, None, pin_memory)
+        yield Batch(**tensors_of(arrays, pin_memory), packed=packed)
 
 
-def batch_of(arrays: Arrays, packed: bool, cursors: Any, pin_memory: bool, copy: bool = False) -> Batch:
-    """A `Batch` of `arrays`, copied where they will be overwritten or must be moved to page-locked memory."""
+def tensors_of(arrays: Arrays, pin_memory: bool, copy: bool = False) -> dict[str, Any]:
+    """The tensors of a `Batch`, copied where the arrays will be overwritten or must go to page-locked memory."""
     tensors = {}
     for name, array in arrays.items():
         tensor = torch.from_numpy(array)
@@ -163,4 +163,4 @@ def batch_of(arrays: Arrays, packed: bool, cursors: Any, pin_memory: bool, copy:
         elif copy:
             tensor = tensor.clone()
         tensors[name] = tensor
-    return Batch(**tensors, packed=packed, cursors=cursors)  # type: ignore[arg-type]
+    return tensors

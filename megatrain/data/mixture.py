@@ -39,11 +39,15 @@ def draw(credit: Credit, share: NDArray[np.int64], n_tokens: int) -> NDArray[np.
     Returns:
         int64 [slots], the first among equals.
     """
+    if len(share) == 1:
+        return np.zeros(len(credit), dtype=np.int64)
     return (credit + share * n_tokens).argmax(axis=1)
 
 
 def settle(credit: Credit, share: NDArray[np.int64], picked: NDArray[np.int64], n_tokens: NDArray[np.int64]) -> None:
     """Every source earns its share of the `n_tokens` [slots] that the rows hold, and the `picked` ones pay for them."""
+    if len(share) == 1:  # it earns what it pays
+        return
     credit += share * n_tokens[:, None]
     credit[np.arange(len(credit)), picked] -= UNIT * n_tokens
 

@@ -168,7 +168,10 @@ class Rows:
             positions[:] = _count(self.seq_len)
             documents.fill(0)
             return False
-        lengths = np.diff(begins, append=self._targets.size)
+        lengths = np.empty_like(begins)
+        lengths[:-1] = begins[1:]
+        lengths[-1] = self._targets.size
+        lengths -= begins
         np.subtract(_count(self._targets.size), np.repeat(begins, lengths), out=positions.reshape(-1))
         row = begins // self.seq_len
         number = np.arange(len(begins)) - row.searchsorted(row)  # how many begin before it in its row

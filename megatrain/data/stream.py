@@ -105,8 +105,9 @@ class Stream:
         for turn in range(each):
             picked = mixture.draw(self.slots.credit, share, seq_len)
             if rows is not None:
-                for i, slot in enumerate(self.own):
-                    self.packer.fill(rows, i * each + turn, slot, int(picked[slot]))
+                sources = picked[self.own.start : self.own.stop].tolist()
+                for i, (slot, source) in enumerate(zip(self.own, sources, strict=True)):
+                    self.packer.fill(rows, i * each + turn, slot, source)
             n_tokens = self.packer.advance(picked, seq_len)
             mixture.settle(self.slots.credit, share, picked, n_tokens)
         self.slots.batches += 1

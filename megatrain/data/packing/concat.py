@@ -28,10 +28,13 @@ class ConcatPacker:
     slots: Slots
 
     def fill(self, rows: Rows, row: int, slot: int, source: int) -> None:
-        at, slots = 0, self.slots
-        for stretch in self.corpora[source].read(slot, slots.n, int(slots.tokens[slot, source]), rows.seq_len):
+        at, tokens = 0, self.slots.tokens
+        for stretch in self.corpora[source].read(slot, len(tokens), int(tokens[slot, source]), rows.seq_len):
             at = rows.put(row, at, stretch)
 
     def advance(self, picked: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
-        self.slots.tokens[np.arange(self.slots.n), picked] += seq_len
+        if len(self.corpora) == 1:
+            self.slots.tokens += seq_len
+        else:
+            self.slots.tokens[np.arange(self.slots.n), picked] += seq_len
         return np.full(self.slots.n, seq_len)
