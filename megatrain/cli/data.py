@@ -256,11 +256,13 @@ def seen_command(run: str, document: str | None, contains: str | None, as_json: 
 
     if (document is None) == (not contains):
         raise ConfigError("give either --document ID or --contains TEXT")
-    if Path(run).is_file():
+    folder, access = Path(run), None
+    if folder.is_file():
         from megatrain.train.config import read_run
 
-        run = str(read_run(run).run.folder)
-    for found in seen(Path(run), document, contains):
+        described = read_run(run).run
+        folder, access = described.folder, described.data
+    for found in seen(folder, document, contains, access):
         if as_json:
             click.echo(json.dumps(dataclasses.asdict(found), ensure_ascii=False))
             continue

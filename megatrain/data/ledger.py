@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.base.errors import DataError
+from megatrain.data.store import redacted
 
 VERSION = 1
 FILE = "ledger.jsonl"
@@ -155,7 +156,8 @@ class Ledger:
 
 def order_of(data: dict[str, Any], seed: int, global_batch: int, fingerprints: list[str]) -> dict[str, Any]:
     """What decides the batches: the `data` part of the run file as plain values, without what does not matter."""
-    deciding = {key: value for key, value in data.items() if key not in ("workers",)}
+    deciding = {key: value for key, value in data.items() if key not in ("workers", "cache", "allow_pipe")}
+    deciding["sources"] = [source | {"path": redacted(source["path"])} for source in data["sources"]]
     return {"data": deciding, "seed": seed, "global_batch": global_batch, "sources": fingerprints}
 
 

@@ -1,7 +1,8 @@
 """Which documents a run was trained on, worked out again from its ledger."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,16 @@ from megatrain.base.errors import DataError, nearest
 from megatrain.config.build import build
 from megatrain.config.source import from_plain
 from megatrain.data.config import Data
+from megatrain.data.corpus import Corpus
 from megatrain.data.ledger import FILE, Ledger, Trained, digest
 from megatrain.data.rows import empty, pieces
-from megatrain.data.shards import TRAIN, Manifest, Shard
+from megatrain.data.shards import HELD_OUT, TOKENIZER, TRAIN, Shard
+from megatrain.data.store import redacted
 from megatrain.data.stream import Order, Stream
 from megatrain.data.tokenizer import Tokenizer
 
 Key = tuple[str, str]
-"""A document of a run: the path of its data set, and its id there."""
+"""A document of a run: the address of its data set, and its id there."""
 
 
 @dataclass(frozen=True)
@@ -30,30 +33,33 @@ class Sighting:
     """Empty if it was not trained on (yet)."""
 
 
-def seen(run: Path, document: str | None = None, contains: str | None = None) -> list[Sighting]:
+def seen(
+    run: Path, document: str | None = None, contains: str | None = None, access: Data | None = None
+) -> list[Sighting]:
     """The documents called `document`, or with `contains` in their text, and when the run in folder `run` met them.
+
+    Args:
+        access: the `data` part of the run file, for what a ledger does not keep: addresses in full where they hold
+            secrets, the cache, and the word that commands may be run.
 
     Raises:
         DataError: the run has no ledger, a data set is not the one it was trained on, or no document fits.
     """
     ledger = _open(run)
-    folders = list(dict.fromkeys(s["path"] for t in ledger.lines if t["kind"] == "order" for s in t["data"]["sources"]))
-    wanted = {
-        (folder, id): split
-        for folder in folders
-        for split, id in (_called(folder, document) if document is not None else _containing(folder, contains or ""))
-    }
+    corpora = _corpora(ledger, access)
+    found = _called(corpora, document) if document is not None else _containing(corpora, contains or "", run)
+    wanted = {(corpus.name, id): split for split, corpus, id in found}
     if not wanted:
-        raise DataError(_none(folders, document, contains))
+        raise DataError(_none(corpora, document, contains))
     steps: dict[Key, list[int]] = {key: [] for key in wanted}
     if TRAIN in wanted.values():
-        for step, keys in documents_by_step(ledger):
+        for step, keys in documents_by_step(ledger, access):
             for key in keys & wanted.keys():
                 steps[key].append(step)
     return [Sighting(*key, split, tuple(steps[key])) for key, split in wanted.items()]
 
 
-def documents_by_step(ledger: Ledger) -> Iterator[tuple[int, set[Key]]]:
+def documents_by_step(ledger: Ledger, access: Data | None = None) -> Iterator[tuple[int, set[Key]]]:
     """Each step that changed the weights, and the documents that its batch held tokens of.
 
     Raises:
@@ -63,21 +69,16 @@ def documents_by_step(ledger: Ledger) -> Iterator[tuple[int, set[Key]]]:
     order: dict[str, Any] | None = None
     for trained in ledger.history():
         if stream is None or order is not trained.order or stream.slots.batches > trained.first_batch:
-            order, stream = trained.order, _stream(trained.order)
+            order, stream = trained.order, _stream(trained.order, access)
         while stream.slots.batches < trained.first_batch:
             stream.skip()
         yield from _steps(stream, trained)
 
 
 def _steps(stream: Stream, trained: Trained) -> Iterator[tuple[int, set[Key]]]:
-    arrays = empty(stream.order.global_batch, stream.order.data.seq_len)
-    sources = {
-        str(shard.tar): s.path
-        for s, c in zip(stream.order.data.sources, stream.corpora, strict=True)
-        for shard in c.shards
-    }
+    sources = {shard.name: corpus.name for corpus in stream.corpora for shard in corpus.shards}
     for step in range(trained.after + 1, trained.upto + 1):
-        _, rows = stream.fill(arrays)
+        _, rows = stream.fill(empty(*stream.shape))  # a curriculum changes the shape
         if step in trained.skipped:
             continue
         left_out = {(piece.tar, piece.document) for piece in rows.skipped}
@@ -90,16 +91,37 @@ def _steps(stream: Stream, trained: Trained) -> Iterator[tuple[int, set[Key]]]:
         )
 
 
-def _stream(order: dict[str, Any]) -> Stream:
+def _data(order: dict[str, Any], access: Data | None) -> Data:
+    """The `data` part of a run file that an `order` line describes."""
     data, _ = build(Data, from_plain({**order["data"], "workers": 0}, "the ledger"))
-    stream = Stream(Order(data, order["seed"], order["global_batch"]), order["cursors"])
-    found = [corpus.fingerprint for corpus in stream.corpora]
-    if found != order["sources"]:
-        changed = [s.path for s, a, b in zip(data.sources, found, order["sources"], strict=True) if a != b]
+    if access is None:
+        return data
+    full = {redacted(source.path): source.path for source in access.sources}
+    sources = tuple(replace(source, path=full.get(source.path, source.path)) for source in data.sources)
+    return replace(data, sources=sources, cache=access.cache, allow_pipe=access.allow_pipe)
+
+
+def _stream(order: dict[str, Any], access: Data | None) -> Stream:
+    stream = Stream(Order(_data(order, access), order["seed"], order["global_batch"]), order["cursors"])
+    changed = [c.name for c, known in zip(stream.corpora, order["sources"], strict=True) if c.fingerprint != known]
+    if changed:
         raise DataError(
             f"the data set {', '.join(changed)} is not the one that the run was trained on: bring that one back"
         )
     return stream
+
+
+def _corpora(ledger: Ledger, access: Data | None) -> list[tuple[str, Corpus]]:
+    """Every split of every data set that the run has used, with the split's name."""
+    found: dict[tuple[str, str], Corpus] = {}
+    for order in (line for line in ledger.lines if line["kind"] == "order"):
+        data = _data(order, access)
+        for source in data.sources:
+            train = Corpus(source.path, TRAIN, order["seed"], data.cache, data.allow_pipe)
+            found[train.name, TRAIN] = train
+            if train.manifest.splits[HELD_OUT].tokens:
+                found[train.name, HELD_OUT] = Corpus(source.path, HELD_OUT, order["seed"], data.cache, data.allow_pipe)
+    return [(split, corpus) for (_, split), corpus in found.items()]
 
 
 def _open(run: Path) -> Ledger:
@@ -109,35 +131,42 @@ def _open(run: Path) -> Ledger:
     return Ledger(path)
 
 
-def _called(folder: str, document: str) -> Iterator[tuple[str, str]]:
-    for split, shard in _shards(folder):
-        for number in range(shard.entry.documents):
-            if shard.document_id(number) == document:
-                yield split, document
+Found = tuple[str, Corpus, str]
+"""The name of a split, the split, and the id of a document in it."""
 
 
-def _containing(folder: str, text: str) -> Iterator[tuple[str, str]]:
-    manifest = Manifest.read(Path(folder))
-    tokenizer = Tokenizer.open(Path(folder) / manifest.tokenizer.file, manifest.tokenizer.end_of_document)
-    for split, shard in _shards(folder):
-        for number in range(shard.entry.documents):
-            if text in tokenizer.decode(shard.tokens(number)):
-                yield split, shard.document_id(number)
+def _all(corpora: list[tuple[str, Corpus]]) -> Iterator[tuple[str, Corpus, Shard, int]]:
+    for split, corpus in corpora:
+        for shard in corpus.shards:
+            for number in range(shard.entry.documents):
+                yield split, corpus, shard, number
 
 
-def _shards(folder: str) -> Iterator[tuple[str, Shard]]:
-    manifest = Manifest.read(Path(folder))
-    for split, found in manifest.splits.items():
-        for entry in found.shards:
-            yield split, Shard.of(Path(folder), entry, manifest.dtype)
+def _called(corpora: list[tuple[str, Corpus]], document: str) -> Iterator[Found]:
+    for split, corpus, shard, number in _all(corpora):
+        if shard.document_id(number) == document:
+            yield split, corpus, document
 
 
-def _none(folders: Iterable[str], document: str | None, contains: str | None) -> str:
-    where = f"in the run's data ({', '.join(folders)})"
+def _containing(corpora: list[tuple[str, Corpus]], text: str, run: Path) -> Iterator[Found]:
+    tokenizers = {}
+    for split, corpus, shard, number in _all(corpora):
+        if corpus.fingerprint not in tokenizers:
+            tokenizers[corpus.fingerprint] = _tokenizer(corpus, run)
+        if text in tokenizers[corpus.fingerprint].decode(shard.tokens(number)):
+            yield split, corpus, shard.document_id(number)
+
+
+def _tokenizer(corpus: Corpus, run: Path) -> Tokenizer:
+    """The tokenizer of a data set: its own file, or the copy that a run keeps of one that is far away."""
+    entry = corpus.manifest.tokenizer
+    own = Path(corpus.name) / entry.file
+    return Tokenizer.open(own if own.exists() else run / TOKENIZER, entry.end_of_document)
+
+
+def _none(corpora: list[tuple[str, Corpus]], document: str | None, contains: str | None) -> str:
+    where = f"in the run's data ({', '.join(dict.fromkeys(corpus.name for _, corpus in corpora))})"
     if document is None:
         return f"no document {where} contains {contains!r}: mind case and spaces, or look for a shorter text"
-    shards = [shard for folder in folders for _, shard in _shards(folder)]
-    guess = nearest(
-        document, (shard.document_id(n) for shard in shards for n in range(min(1000, shard.entry.documents)))
-    )
+    guess = nearest(document, (shard.document_id(number) for _, _, shard, number in islice(_all(corpora), 10_000)))
     return f"no document {where} is called {document!r}: {f'did you mean {guess}?' if guess else 'inspect shows ids'}"

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from megatrain.base.errors import DataError
 from megatrain.config.build import plain
 from megatrain.data.build import BuildOptions, build
-from megatrain.data.config import Data, WeightedSource
+from megatrain.data.config import Data, Stage, WeightedSource
 from megatrain.data.ledger import FILE, Ledger, order_of
-from megatrain.data.seen import documents_by_step, seen
+from megatrain.data.seen import _data, documents_by_step, seen
 from megatrain.data.shards import Manifest
 from megatrain.data.stream import Order, Stream
 from megatrain.data.trace import trace
@@ -64,7 +64,7 @@ class Run:
     def documents_of_next_batch(self) -> set[tuple[str, str]]:
         from megatrain.data.rows import empty, pieces
 
-        _, rows = self.stream.fill(empty(BATCH, 16))
+        _, rows = self.stream.fill(empty(*self.stream.shape))
         return {(str(Path(piece.tar).parent.parent), piece.document) for piece in pieces(rows)}
 
     def write(self, skipped: tuple[int, ...] = ()) -> None:
@@ -154,6 +154,29 @@ def test_a_source_that_is_added_on_resume_is_told_from_there(sources, tmp_path):
     assert told(run.path) == run.expected()
     assert {source for step, ids in told(run.path).items() for source, _ in ids if step <= 3} == {sources[0]}
     assert {source for step, ids in told(run.path).items() for source, _ in ids if step > 3} == set(sources)
+
+
+def test_a_curriculum_is_followed(sources, tmp_path):
+    run = Run(
+        tmp_path, replace(data_of(*sources), curriculum=(Stage(after=128, seq_len=8), Stage(after=256, seq_len=12)))
+    )
+    run.train(12)
+    run.write()
+    assert told(run.path) == run.expected()
+
+
+def test_no_secret_of_an_address_is_written():
+    address = "https://me:secret@host/data?token=secret"
+    order = order_of(plain(data_of(address)), SEED, BATCH, ["fingerprint"])
+    assert "secret" not in json.dumps(order)
+    assert order["data"]["sources"][0]["path"] == "https://host/data"
+
+
+def test_an_address_in_full_is_taken_from_the_run_file(sources):
+    line = order_of(plain(data_of("https://me:secret@host/data")), SEED, BATCH, ["fingerprint"])
+    access = data_of("https://me:secret@host/data")
+    assert [source.path for source in _data(line, access).sources] == ["https://me:secret@host/data"]
+    assert [source.path for source in _data(line, None).sources] == ["https://host/data"]
 
 
 def test_the_number_of_workers_is_no_other_order(sources, tmp_path):

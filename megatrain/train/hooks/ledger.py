@@ -1,13 +1,12 @@
 """ledger.jsonl: which documents the weights were trained on, for whoever asks later (`megatrain data seen`)."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from megatrain.config.build import plain
 from megatrain.data.config import Data
 from megatrain.data.ledger import FILE, Ledger, order_of
-from megatrain.data.shards import Manifest
+from megatrain.data.shards import TRAIN
 from megatrain.train.hook import Handle, Hook, Record
 
 
@@ -26,7 +25,7 @@ class Bookkeeping(Hook):
         self.skipped: list[int] = []
         self.ledger: Ledger | None = None
         if handle.rank == 0:
-            fingerprints = [Manifest.read(Path(source.path)).fingerprint for source in data.sources]
+            fingerprints = [corpus.fingerprint for corpus in data.corpora(TRAIN, seed)]
             self.ledger = Ledger(handle.folder / FILE)
             self.ledger.start(self.step, cursors(), order_of(plain(data), seed, global_batch, fingerprints))
 
