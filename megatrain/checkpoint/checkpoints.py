@@ -14,6 +14,8 @@ COMMIT, which no reader takes and the next save removes.
 
 import contextlib
 import json
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -35,6 +37,7 @@ from megatrain.parallel.mesh import ALONE, Axis
 from megatrain.parallel.shard import Slice
 
 FILE_BYTES = 4 * 2**30
+WRITER_NICENESS = 10
 
 
 class Holder(Protocol):
@@ -145,7 +148,7 @@ class Checkpoints:
         known = {"run": self.run, "origin": origin(self._exchange.size)}
         frozen_state, frozen_facts = json.loads(json.dumps(state)), json.loads(json.dumps(facts | known))
         self._thread = threading.Thread(
-            target=self._guarded, args=(step, frozen_state, frozen_facts), name="checkpoint", daemon=True
+            target=self._guarded, args=(step, frozen_state, frozen_facts, asynchronous), name="checkpoint", daemon=True
         )
         self._thread.start()
         if not asynchronous:
@@ -169,7 +172,12 @@ class Checkpoints:
             return
         raise failure
 
-    def _guarded(self, step: int, state: Any, facts: dict[str, Any]) -> None:
+    def _guarded(self, step: int, state: Any, facts: dict[str, Any], yielding: bool) -> None:
+        if (
+            yielding and sys.platform == "linux"
+        ):  # where this is the thread alone: if cores are scarce, training goes before writing
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICENESS)
         try:
             self._save(step, state, facts)
         except BaseException as error:
