@@ -107,7 +107,7 @@ class Corpus:
         self.name, self.seed = redacted(address), seed
         store = open_store(address, allow_pipe) if is_remote(address) else None
         self.manifest = Manifest.read(Path(address)) if store is None else _remote_manifest(store)
-        self._remote, self._store, self._address = store is not None, store, address
+        self._store, self._address = store, address
         self.fingerprint = self.manifest.fingerprint
         if split not in self.manifest.splits or not self.manifest.splits[split].tokens:
             full = [name for name, s in self.manifest.splits.items() if s.tokens]
@@ -176,12 +176,13 @@ class Corpus:
             start, place = upto, place + 1
 
     def _look_ahead(self, epoch: int, position: int) -> None:
-        """Have the shard copied that a slot at this position comes to after its present one."""
-        if self._remote:
-            shards = self._epoch(epoch)
-            place = int(shards.end.searchsorted(position, side="right")) + 1
-            if place < len(shards.order):
-                self.shards[shards.order[place]].prepare()
+        """Tell a remote shard which one a slot at this position comes to next."""
+        shards = self._epoch(epoch)
+        place = int(shards.end.searchsorted(position, side="right"))
+        if place + 1 < len(shards.order):
+            shard, following = (self.shards[shards.order[p]] for p in (place, place + 1))
+            if isinstance(shard, RemoteShard) and isinstance(following, RemoteShard):
+                shard.next = following
 
     def _epoch(self, epoch: int) -> "_Epoch":
         if epoch not in self._epochs:

@@ -7,7 +7,6 @@ index, and the copy as a whole against the manifest before it is used.
 import contextlib
 import mmap
 import threading
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import IO
@@ -20,6 +19,7 @@ from megatrain.data.cache import Cache
 from megatrain.data.shards import Shard, ShardEntry, Tokens
 from megatrain.data.store import Store, append, fetch, read_whole
 
+_READ_SINGLY = 4  # documents that are read of a shard before it is copied
 _AT_ONCE = threading.Semaphore(4)  # whole shards that a process copies at the same time
 
 
@@ -33,6 +33,8 @@ class RemoteShard(Shard):
         self._whole: Tokens | None = None
         self._copy: _Copy | None = None
         self._present: set[int] = set()
+        self.next: RemoteShard | None = None
+        """The shard that is needed after this one, copied when this one is here."""
 
     @property
     def ids(self) -> Tokens:
@@ -60,13 +62,14 @@ class RemoteShard(Shard):
         return self.cache.get(entry.index_sha256, None, f"{self.store.name}/{entry.index}", write)
 
     def prepare(self) -> None:
-        if self._copy is None and self._whole is None:
-            self._copy = _Copy(self._fetch)
+        if self._copy is None:
+            self._copy = _Copy(self)
 
     def damaged(self, number: int) -> bool:
-        self.prepare()
+        if len(self._present) == _READ_SINGLY:  # it is read in earnest, and the first batch is not kept waiting
+            self.prepare()
         if not self.store.ranged and self._whole is None:
-            self._fetch()
+            self.fetch()
         if self.ids is not self._whole and number not in self._present:
             parts = self._parts  # by name: the copy behind may be ready, and `ids` another, at any moment
             first, last = int(self.start[number]), int(self.start[number] + self.length[number])
@@ -81,12 +84,12 @@ class RemoteShard(Shard):
         if self.store.ranged:
             return ""
         try:
-            self._fetch()
+            self.fetch()
         except DataError as error:
             return str(error)
         return ""
 
-    def _fetch(self) -> None:
+    def fetch(self) -> None:
         """Have the whole shard in the cache."""
         entry = self.entry
 
@@ -97,15 +100,17 @@ class RemoteShard(Shard):
 
 
 class _Copy:
-    """A file being copied by a thread that dies with its process. Failures are told, and met again by who reads."""
+    """A shard being copied by a thread that dies with its process. Failures are told, and met again by who reads."""
 
-    def __init__(self, fetch: Callable[[], None]):
-        self._fetch = fetch
+    def __init__(self, shard: RemoteShard):
+        self._shard = shard
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
         with _AT_ONCE:
             try:
-                self._fetch()
-            except UserError as error:
-                warn("%s", error)
+                self._shard.fetch()
+            except (UserError, OSError) as error:
+                warn("%s is read document by document, since it cannot be copied: %s", self._shard.name, error)
+        if self._shard.next is not None:
+            self._shard.next.prepare()

@@ -323,9 +323,6 @@ class Shard:
         check_paths(entry, str(folder))
         return cls(folder / entry.path, folder / entry.index, entry, dtype)
 
-    def prepare(self) -> None:
-        """Documents of this shard will be read soon."""
-
     @cached_property
     def ids(self) -> Tokens:
         """All of the tar as token ids, memory-mapped: documents are ranges of it, tar headers the rest."""

@@ -26,10 +26,13 @@ class Handler(BaseHTTPRequestHandler):
         file = self.server.folder / path.lstrip("/")
         if not file.is_file():
             return self.answer(404, b"no")
-        body, status = file.read_bytes(), 200
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if asked and self.server.ranges:
-            body, status = body[int(asked[1]) : int(asked[2]) + 1], 206
+            with open(file, "rb") as opened:
+                opened.seek(int(asked[1]))
+                body, status = opened.read(int(asked[2]) + 1 - int(asked[1])), 206
+        else:
+            body, status = file.read_bytes(), 200
         if self.server.fault is not None and self.server.fault(self, body, number):
             return None
         return self.answer(status, body)

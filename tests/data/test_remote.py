@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import threading
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -76,13 +77,14 @@ def test_a_server_without_ranges_will_do(folder, expected, tmp_path):
         assert_same(tokens(config(server.address, tmp_path)), expected)
 
 
-def test_every_shard_is_copied_once_and_the_second_run_asks_for_the_manifest_only(folder, expected, tmp_path):
+def test_what_was_copied_is_whole_and_the_next_run_asks_for_the_manifest_only(folder, expected, tmp_path):
     data = None
     with Server(folder) as server:
         data = config(server.address, tmp_path)
         assert_same(tokens(data), expected)
         for entry in Manifest.read(folder).splits["train"].shards:
-            data.cache.get(entry.sha256, entry.bytes, "", lambda file: None)  # waits for the copy behind
+            copy = partial(append, WebStore(server.address), entry.path, entry.bytes)
+            data.cache.get(entry.sha256, entry.bytes, "", copy)  # waits for the copy behind
             assert sha256_of(data.cache.path(entry.sha256)) == entry.sha256
         server.requests.clear()
         assert_same(tokens(data), expected)

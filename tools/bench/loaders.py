@@ -1,6 +1,6 @@
 """How fast are batches of packed rows made, here and elsewhere? Every loader in a fresh process, one after the other.
 
-    python tools/bench/loaders.py [--root DIR] [--repeat 5] [--workers 0 1] [--json]
+    python tools/bench/loaders.py [--root DIR] [--repeat 5] [--workers 0 1] [--loaders ours litdata] [--json]
 
 The corpus is Python's standard library, a token for four bytes, so that lengths are those of real documents; loaders
 give int64 rows of the same length, shuffled, from the same tokens. Peers that are not installed are left out: litdata
@@ -240,6 +240,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, help="where the data is written; kept if given")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--loaders", nargs="+", default=list(LOADERS), choices=list(LOADERS))
     parser.add_argument("--batches", type=int, default=400)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
@@ -264,7 +265,7 @@ def main() -> None:
 
 def compare(root: Path, options: argparse.Namespace) -> None:
     root.mkdir(exist_ok=True)
-    names = [name for name, loader in LOADERS.items() if find_spec(loader.needs)]
+    names = [name for name, loader in LOADERS.items() if name in options.loaders and find_spec(loader.needs)]
     for name in names:
         if not (root / f"ready-{name}").exists():
             run(root, options, "prepare", name, 0)
