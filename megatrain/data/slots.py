@@ -40,15 +40,15 @@ class Slots:
         credit = mixture.first_credit(share, seed, n_slots, seq_len)
         return cls(np.zeros_like(credit), credit, np.zeros_like(credit))
 
-    def cursors(self, seed: int, fingerprints: Sequence[str], paths: Sequence[str]) -> dict[str, Any]:
-        """The table as JSON values."""
+    def cursors(self, seed: int, sources: list[dict[str, str]]) -> dict[str, Any]:
+        """The table as JSON values; `sources` says which data sets its columns are."""
         return {
             "version": VERSION,
             "seed": seed,
             "slots": self.n,
             "batches": self.batches,
             "drawn": self.drawn,
-            "sources": [{"path": p, "fingerprint": f} for p, f in zip(paths, fingerprints, strict=True)],
+            "sources": sources,
             "tokens": self.tokens.tolist(),
             "credit": self.credit.tolist(),
         } | ({"rows": self.rows.tolist()} if self.rows.any() else {})

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatrain.base.errors import ConfigError, DataError
 from megatrain.base.random import seed_of
 from megatrain.data import mixture
@@ -48,13 +51,14 @@ class Stream:
         self.tokenizer = common_tokenizer(self.corpora)
         self.vocab_size = order.vocab_size or self.tokenizer.vocab_size
         _check_sizes(self.corpora, order)
-        seq_len, self._weights = data.stage_at(0)
-        self._share = mixture.shares(self._weights)
+        seq_len, weights = data.stage_at(0)
+        self._share = mixture.shares(weights)
         self.slots = Slots.first(order.n_slots, self._share, order.seed, seq_len)
         if cursors is not None:
             self.slots.restore(cursors, order.seed, *self._names())
         self.rewriter = data.objective.build(self.corpora[0].special_tokens)
         self.packer = data.packing.build(self.corpora, self.slots, data.seq_len)
+        self._sources = [{"path": p, "fingerprint": f} for f, p in zip(*self._names(), strict=True)]
         per_rank = order.n_slots // order.dp_size
         self.own = range(order.dp_rank * per_rank, (order.dp_rank + 1) * per_rank)
 
@@ -63,12 +67,19 @@ class Stream:
 
     def cursors(self) -> dict[str, Any]:
         """Where all slots stand, as JSON values."""
-        return self.slots.cursors(self.order.seed, *self._names())
+        return self.slots.cursors(self.order.seed, self._sources)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(rows on this rank, tokens in a row) of the next batch."""
-        return self.order.n_rows, self.order.data.stage_at(self.slots.drawn)[0]
+        return self.order.n_rows, self._stage()[0]
+
+    def _stage(self) -> tuple[int, NDArray[np.int64]]:
+        """(tokens in a row, shares of the sources) of the next batch."""
+        if self.order.data.curriculum:
+            seq_len, weights = self.order.data.stage_at(self.slots.drawn)
+            return seq_len, mixture.shares(weights)
+        return self.order.data.seq_len, self._share
 
     def skip(self) -> None:
         """Go past a batch without reading it."""
@@ -97,10 +108,7 @@ class Stream:
 
     def _draw(self, rows: Rows | None) -> None:
         """Every slot draws its rows; those of this rank are filled. A slot's rows stand together in the batch."""
-        seq_len, weights = self.order.data.stage_at(self.slots.drawn)
-        if weights != self._weights:
-            self._weights, self._share = weights, mixture.shares(weights)
-        share = self._share
+        seq_len, share = self._stage()
         each = self.order.global_batch // self.order.n_slots
         for turn in range(each):
             picked = mixture.draw(self.slots.credit, share, seq_len)
