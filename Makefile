@@ -58,7 +58,7 @@ demo: setup
 	@echo "== the same command again: it resumes"
 	@$(BIN)/megatrain train $(DEMO)
 	@echo "== a sample"
-	@$(BIN)/megatrain generate runs/tiny --prompt 'def main(' --max-tokens 60
+	@$(BIN)/megatrain generate runs/tiny --prompt 'def main(' --max-tokens 80 --temperature 0.7
 	@echo "== the run as a page: runs/tiny/report.html"
 
 test: setup

@@ -17,6 +17,7 @@ FREE = (
     "hooks",
     "hooks.*",
     "tokenizer",  # a path; its fingerprint is compared with the checkpoint's
+    "data.sources.*.path",  # a place; the cursors hold the fingerprint of what must lie there
     "data.workers",
     "data.cache.*",
     "data.allow_pipe",

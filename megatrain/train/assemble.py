@@ -41,7 +41,7 @@ from megatrain.train.hooks.ledger import Bookkeeping
 from megatrain.train.hooks.metrics import Metrics
 from megatrain.train.hooks.saving import Saving
 from megatrain.train.hooks.wandb import Wandb
-from megatrain.train.resume import commit_to_resume, finished, lineage
+from megatrain.train.resume import commit_to_resume, finished, lineage, refuse_other_tokenizer
 from megatrain.train.stop import StopRequest, StopVote
 from megatrain.train.throughput import Throughput
 from megatrain.train.trainer import State, Trainer
@@ -116,13 +116,16 @@ class Session:
 
     def _restore(self, commit: Commit | None) -> None:
         """Take up the state of `commit`, or the weights of another run."""
+        acknowledge = self.run.checkpoint.acknowledge
         if commit is not None:
+            refuse_other_tokenizer(commit, self.tokenizer.fingerprint, acknowledge)
             reader = commit.reader()
             self.checkpoints.load(reader, self.engine)
             self.engine.load_scalars(reader.state["engine"])
             self.state.restore(reader.state["run"])
         elif self.run.checkpoint.init_from:
             source = find(self.run.checkpoint.init_from)
+            refuse_other_tokenizer(source, self.tokenizer.fingerprint, acknowledge)
             self.checkpoints.load(source.reader(cast=True), self.engine, states=lambda state: state == "weights")
             log("weights are those of %s (step %d)", self.run.checkpoint.init_from, source.step)
 

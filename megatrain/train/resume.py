@@ -75,6 +75,22 @@ def refuse_other_run(run: Run, former: dict[str, Any]) -> None:
     )
 
 
+def refuse_other_tokenizer(commit: Commit, fingerprint: str, acknowledge: tuple[str, ...]) -> None:
+    """Raise unless the weights of `commit` were trained on ids of the tokenizer that the data was made with.
+
+    Raises:
+        ConfigError: they were not, and `tokenizer` is not acknowledged.
+    """
+    known = commit.manifest.facts.get("tokenizer")
+    theirs = known.get("fingerprint") if isinstance(known, dict) else known
+    if theirs is not None and theirs != fingerprint and not acknowledged("tokenizer", acknowledge):
+        raise ConfigError(
+            f"{commit.storage.describe(commit.folder)} was trained with another tokenizer (sha256 {theirs[:12]}, the "
+            f"data's is {fingerprint[:12]}), so the same ids mean other text: build the data with its "
+            "tokenizer.json, or add tokenizer to checkpoint.acknowledge"
+        )
+
+
 def _filled(former: dict[str, Any]) -> dict[str, Any]:
     """A saved configuration with the defaults of keys that did not exist when it was written.
 

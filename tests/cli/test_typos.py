@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from megatrain.base.errors import ConfigError
-from megatrain.train.run import read_run
+from megatrain.train.config import read_run
 
 ROOT = Path(__file__).parents[2]
 RUNS = sorted((ROOT / "configs/run").glob("*.yaml"))

@@ -30,7 +30,7 @@ def write_run(folder: Path, data: Path, **changes: Any) -> Path:
         "train": {"steps": 12, "global_batch": 8, "eval_every": 6, "eval_batches": 2},
         "layout": {"micro_batch": 2},
         "optimizer": {"lr": 0.01, "clip": 0.5},
-        "schedule": {"kind": "cosine", "warmup": 2},
+        "schedule": {"kind": "cosine", "warmup": 1},
         "checkpoint": {"every": 6},
         "log": {"dir": str(folder / "runs"), "wandb": {"mode": "disabled"}},
     }

@@ -1,10 +1,13 @@
 """Stopping and going on: nothing of the run may show that it was interrupted."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+import megatrain
 from megatrain.base.errors import ConfigError, PreemptedError
+from megatrain.data.build import BuildOptions, build
 from megatrain.train.run import train
 from tests.ranks import RankError, run
 from tests.train.small import events, metrics, on_ranks, tensors, write_run
@@ -114,3 +117,25 @@ def test_resume_must_refuses_to_start_and_never_refuses_to_go_on(tmp_path: Path,
     train(path)
     with pytest.raises(ConfigError, match="never"):
         train(path, ["checkpoint.resume=never"])
+
+
+def test_weights_of_another_tokenizer_are_refused_unless_acknowledged(tmp_path: Path, text_data: Path) -> None:
+    source = Path(megatrain.__file__).parent / "nn"
+    other = tmp_path / "other"
+    build(BuildOptions(inputs=(source,), out=other, include=("*.py",), vocab_size=290, held_out=0.2))
+    path = write_run(tmp_path, text_data, train__steps=2, model__vocab_size=300)
+    train(path, ["name=first"])
+    start = [f"checkpoint.init_from={tmp_path}/runs/first", "name=second", f"data.sources.0.path={other}"]
+    with pytest.raises(ConfigError, match="was trained with another tokenizer"):
+        train(path, start)
+    train(path, [*start, "checkpoint.acknowledge=[tokenizer]"])
+
+
+def test_the_data_set_may_move_between_stop_and_resume(tmp_path: Path, text_data: Path) -> None:
+    path = write_run(tmp_path, text_data)
+    train(path, ["name=straight"])
+    with pytest.raises(PreemptedError):
+        train(path, ["name=moved", "hooks=[{kind: pause, at: 5}]"])
+    shutil.copytree(text_data, tmp_path / "elsewhere")
+    train(path, ["name=moved", f"data.sources.0.path={tmp_path}/elsewhere"])
+    assert exact(tmp_path / "runs/moved") == exact(tmp_path / "runs/straight")
