@@ -10,6 +10,7 @@ from megatrain.data.objective.next_token import NextToken
 from megatrain.data.packing import PACKING, Packing
 from megatrain.data.packing.concat import Concat
 from megatrain.data.store import problems as address_problems
+from megatrain.data.store import redacted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ class Data:
             found.append("data.sources is empty: name at least one data set, as {path: DIR}")
         paths = [source.path for source in self.sources]
         for path in sorted({p for p in paths if paths.count(p) > 1}):
-            found.append(f"data.sources names {path} more than once: name it once and raise its weight")
+            found.append(f"data.sources names {redacted(path)} more than once: name it once and raise its weight")
         for i, source in enumerate(self.sources):
             found += [f"data.sources.{i}.path: {p}" for p in address_problems(source.path, self.allow_pipe)]
             if not source.weight > 0:
