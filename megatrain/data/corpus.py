@@ -131,14 +131,18 @@ class Corpus:
 
     def special_tokens(self) -> dict[str, int]:
         """Ids of the tokenizer's special tokens by text; none where its file is not here."""
-        name = self.manifest.tokenizer.file
-        if self._store is not None:
-            text = read_whole(self._store, name)
-        elif (path := Path(self._address) / name).exists():
-            text = path.read_bytes()
-        else:
+        text = self.tokenizer_file()
+        if text is None:
             return {}
         return {token["content"]: token["id"] for token in json.loads(text).get("added_tokens", [])}
+
+    def tokenizer_file(self) -> bytes | None:
+        """The tokenizer.json that the ids were made with; None where it is not beside a local data set."""
+        name = self.manifest.tokenizer.file
+        if self._store is not None:
+            return read_whole(self._store, name)
+        path = Path(self._address) / name
+        return path.read_bytes() if path.exists() else None
 
     def part(self, slot: int, n_slots: int) -> tuple[int, int]:
         """The range of every epoch that a slot reads."""

@@ -2,17 +2,16 @@
 
 import math
 import os
-import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatrain.base.device import Device, cpu_threads
 from megatrain.base.errors import PreemptedError
+from megatrain.base.files import written_whole
 from megatrain.base.log import log, start_logging, warn
 from megatrain.base.units import show_count
 from megatrain.checkpoint.checkpoints import Checkpoints
@@ -21,10 +20,9 @@ from megatrain.checkpoint.origin import revision, versions
 from megatrain.checkpoint.read import Commit, find
 from megatrain.cluster.identity import Identity, identity_of
 from megatrain.cluster.start import connected
-from megatrain.config.build import plain
 from megatrain.data.feed import held_out
 from megatrain.data.held_out import HeldOut
-from megatrain.data.shards import HELD_OUT, Manifest, TokenizerEntry
+from megatrain.data.shards import HELD_OUT, TOKENIZER, TRAIN, TokenizerEntry
 from megatrain.engine.layout import resolve_engine
 from megatrain.nn.batch import Batch
 from megatrain.parallel.mesh import Mesh
@@ -83,7 +81,7 @@ class Session:
         self.state = State()
         self.exchange = Exchange(self.mesh.axis("world"))
         code = {"revision": revision(), "versions": versions()}
-        refuse_disagreement({"config": plain(run), "tokenizer": self.tokenizer.fingerprint, **code}, self.exchange)
+        refuse_disagreement({"config": run.shown(), "tokenizer": self.tokenizer.fingerprint, **code}, self.exchange)
         self.folder = RunFolder(run.folder)
         self.folder.make()
         self.checkpoints = Checkpoints(
@@ -130,9 +128,11 @@ class Session:
             log("weights are those of %s (step %d)", self.run.checkpoint.init_from, source.step)
 
     def _prepare_folder(self, commit: Commit | None) -> None:
-        self.folder.write_config(plain(self.run))
-        data_set = Path(self.run.data.sources[0].path)
-        shutil.copyfile(data_set / self.tokenizer.file, self.folder.path / "tokenizer.json")
+        self.folder.write_config(self.run.shown())
+        tokenizer = self.run.data.corpora(TRAIN, self.run.seed)[0].tokenizer_file()
+        if tokenizer is not None:
+            with written_whole(self.folder.path / TOKENIZER, "wb") as file:
+                file.write(tokenizer)
         if commit is None:
             self.folder.note("started", 0, facts=self.facts())
         else:
@@ -142,7 +142,7 @@ class Session:
     def _held_out(self) -> list[Batch]:
         """This rank's held-out rows; none where a source has no such split."""
         run, dp = self.run, self.mesh.axis("dp")
-        splits = [Manifest.read(Path(source.path)).splits.get(HELD_OUT) for source in run.data.sources]
+        splits = [corpus.manifest.splits.get(HELD_OUT) for corpus in run.data.corpora(TRAIN, run.seed)]
         if not all(split is not None and split.tokens for split in splits):
             log("no held-out loss: not every data set has a held-out split")
             return []
@@ -201,7 +201,7 @@ class Session:
             engine=self.engine,
             schedule=self._lr,
             total_steps=self.run.total_steps,
-            tokens_per_step=self.tokens_per_step,
+            global_batch=self.run.train.global_batch,
             max_skips=self.run.train.max_skips,
             throughput=throughput,
             vote=StopVote(self.request, self.mesh.axis("world")),
@@ -250,7 +250,7 @@ class Session:
             total_steps=self.run.total_steps,
             first_step=self.resumed_at + 1,
             facts=self.facts() | {"peak_flops": throughput.peak, "peak_source": throughput.peak_source},
-            config=plain(self.run),
+            config=self.run.shown(),
             evaluate=self.evaluate,
             save=self.save,
             stop=self._stop,
@@ -309,7 +309,7 @@ class Session:
             "fingerprint": self.tokenizer.fingerprint,
             "end_of_document": self.tokenizer.end_of_document,
         }
-        facts = {"config": plain(self.run), "tokenizer": tokenizer, "lineage": self.lineage}
+        facts = {"config": self.run.shown(), "tokenizer": tokenizer, "lineage": self.lineage}
         self.checkpoints.save(
             self.state.step, self.engine.slices(), state, facts, asynchronous=self.run.checkpoint.async_
         )

@@ -41,7 +41,7 @@ def problems_of(run: Run, world: int) -> list[str]:
     found += run.schedule.unsupported_reasons(run.total_steps)
     if not found:
         dp = run.layout.mesh(world).axis("dp").size
-        found += run.data.batch_problems(run.train.global_batch, dp)
+        found += run.data.all_problems(run.train.global_batch, dp)
     return found
 
 

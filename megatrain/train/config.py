@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from megatrain.checkpoint.config import Checkpoint
-from megatrain.config.build import build
+from megatrain.config.build import build, plain
 from megatrain.config.source import Node, read
 from megatrain.data.config import Data
+from megatrain.data.store import redacted
 from megatrain.engine.api import Precision
 from megatrain.engine.layout import Layout
 from megatrain.models import MODEL
@@ -47,13 +48,6 @@ class Train:
         if self.steps == 0 or self.tokens == 0:
             found.append("a run of nothing: steps or tokens must be at least 1")
         return found
-
-    def total_steps(self, seq_len: int) -> int:
-        """Steps of the whole run; a budget of tokens is rounded up to whole steps."""
-        if self.steps is not None:
-            return self.steps
-        assert self.tokens is not None
-        return -(-self.tokens // (self.global_batch * seq_len))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +90,15 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        return self.train.total_steps(self.data.seq_len)
+        """Steps of the whole run; a budget of tokens is rounded up to whole steps."""
+        return self.train.steps or self.data.steps(self.train.tokens or 0, self.train.global_batch)
+
+    def shown(self) -> dict[str, Any]:
+        """The resolved run file as plain values without passwords in addresses: for files, logs and dashboards."""
+        found = plain(self)
+        for source in found["data"]["sources"]:
+            source["path"] = redacted(source["path"])
+        return found
 
     def problems(self) -> list[str]:
         found = []

@@ -43,6 +43,9 @@ class Pending:
 
     step: int
     tokens: int
+    """Up to and with this step."""
+    n_tokens: int
+    """Of this step."""
     lr: float
     data_seconds: float
     begin: float
@@ -55,7 +58,7 @@ class Pending:
 class Trainer:
     """One rank's side of a run.
 
-    `tokens_per_step` counts positions over all ranks. `hooks` are called in order; the one that saves comes last.
+    `global_batch` counts rows over all ranks. `hooks` are called in order; the one that saves comes last.
     """
 
     state: State
@@ -64,7 +67,7 @@ class Trainer:
     schedule: Any
     """lr of a step, from 1: a callable."""
     total_steps: int
-    tokens_per_step: int
+    global_batch: int
     max_skips: int
     throughput: Throughput
     vote: StopVote
@@ -100,9 +103,10 @@ class Trainer:
         report = self.engine.step(batch, lr)
         self.deliver()
         self.state.step = number
-        self.state.tokens += self.tokens_per_step
+        n_tokens = self.global_batch * batch.tokens.shape[1]
+        self.state.tokens += n_tokens
         self.state.cursors = batch.cursors
-        self._pending = Pending(number, self.state.tokens, lr, waited, begin, report)
+        self._pending = Pending(number, self.state.tokens, n_tokens, lr, waited, begin, report)
         if any(hook.due(number) for hook in self.hooks):
             self.deliver()
 
@@ -120,7 +124,7 @@ class Trainer:
             "lr": pending.lr,
         }
         seconds = time.perf_counter() - pending.begin if pending.seconds is None else pending.seconds
-        record |= self.throughput.figures(self.tokens_per_step, seconds)
+        record |= self.throughput.figures(pending.n_tokens, seconds)
         record |= {"data_seconds": round(pending.data_seconds, 6), "skipped": int(report.skipped)}
         self._count_skips(record)
         for hook in self.hooks:
