@@ -26,10 +26,12 @@ def command(run_file: str, overrides: tuple[str, ...], nproc: int | None) -> Non
     if nproc is None:
         train(run_file, overrides)
         return
+    from megatrain.base.log import start_logging
     from megatrain.cluster.local_ranks import run_local_ranks
     from megatrain.train.check import refuse
     from megatrain.train.resume import finished
 
+    start_logging()
     run = read_run(run_file, overrides).run
     refuse(run, world=nproc)
     if finished(run):

@@ -11,7 +11,7 @@ import torch
 
 from megatrain.base.device import Device, cpu_threads
 from megatrain.base.errors import PreemptedError
-from megatrain.base.files import written_whole
+from megatrain.base.files import read_json_lines, written_whole
 from megatrain.base.log import log, start_logging, warn
 from megatrain.base.units import show_count
 from megatrain.checkpoint.checkpoints import Checkpoints
@@ -191,9 +191,8 @@ class Session:
         throughput = self._throughput()
         self._say_what_runs(throughput)
         handle = self._handle(throughput)
-        if self.resumed_at == 0:
-            first = self.evaluate()
-            self.note("evaluated", **first)
+        if self.resumed_at == 0 and self.held_out:
+            self.note("evaluated", **self.evaluate())
         hooks = self._hooks(handle)
         self.trainer = trainer = Trainer(
             state=self.state,
@@ -226,6 +225,7 @@ class Session:
             for hook in hooks:
                 hook.finish(outcome)
             if self.rank == 0:
+                self._say_what_came()
                 self._report()
 
     def _hooks(self, handle: Handle) -> list[Hook]:
@@ -283,6 +283,21 @@ class Session:
         )
         if self.resumed_at:
             log("resumed at step %d of %d", self.resumed_at, self.run.total_steps)
+
+    def _say_what_came(self) -> None:
+        """Held-out loss of the first weights and of the last that were measured."""
+        measured = [e for e in read_json_lines(self.folder.events) if e["kind"] == "evaluated"]
+        measured += [line for line in read_json_lines(self.folder.metrics) if "held_out_loss" in line]
+        if len(measured) > 1:
+            first, last = measured[0], measured[-1]
+            log(
+                "held-out loss %.3f before, %.3f at step %d (nats a token); bits per byte %.3f before, %.3f now",
+                first["held_out_loss"],
+                last["held_out_loss"],
+                last["step"],
+                first["bits_per_byte"],
+                last["bits_per_byte"],
+            )
 
     # --------------------------------------------------------------------------------- what hooks ask for
 

@@ -69,3 +69,14 @@ def test_too_many_skipped_steps_end_the_run_with_a_reason(tmp_path: Path, text_d
         train(path)
     assert events(tmp_path / "runs/small", "failed")
     assert [line["skipped"] for line in metrics(tmp_path / "runs/small")][-2:] == [1, 1]
+
+
+def test_it_says_the_held_out_loss_before_and_after(
+    tmp_path: Path, text_data: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train(write_run(tmp_path, text_data))
+    words = capfd.readouterr().err
+    (start,) = events(tmp_path / "runs/small", "evaluated")
+    last = metrics(tmp_path / "runs/small")[-1]
+    assert f"held-out loss {start['held_out_loss']:.3f} before, {last['held_out_loss']:.3f} at step 12" in words
+    assert f"bits per byte {start['bits_per_byte']:.3f} before, {last['bits_per_byte']:.3f} now" in words
