@@ -30,7 +30,8 @@ def test_nothing_changed_is_nothing():
     "sections",
     [
         {"layout": {"tp": 4, "zero": 3}}, {"name": "b"}, {"checkpoint": {"keep": {"last": 9}}},
-        {"data": {"sources": [{"path": "moved", "weight": 1.0}]}}, {"data": {"workers": 8}}, {"train": {"eval_every": 1}}, {"hooks": [{"kind": "stop_at", "step": 3}]},
+        {"data": {"sources": [{"path": "moved", "weight": 1.0}]}},
+        {"data": {"workers": 8}}, {"train": {"eval_every": 1}}, {"hooks": [{"kind": "stop_at", "step": 3}]},
     ],
 )  # fmt: skip
 def test_speed_place_and_reporting_are_free(sections):
