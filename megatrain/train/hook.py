@@ -47,6 +47,16 @@ class Handle:
     """Write a line to events.jsonl (rank 0 does, others may call)."""
 
 
+class Periodic(Hook):
+    """Due every so many steps (0: never) and after the last one."""
+
+    def __init__(self, every: int, handle: Handle):
+        self.every, self.handle = every, handle
+
+    def due(self, step: int) -> bool:
+        return step == self.handle.total_steps or (self.every > 0 and step % self.every == 0)
+
+
 class HookChoice(Protocol):
     """A choice of the run file's `hooks` list."""
 

@@ -20,13 +20,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatrain.base.device import Device
 from megatrain.base.errors import ConfigError
 from megatrain.engine.api import ENGINE, Engine, EngineCase, Parts, StepReport
 from megatrain.engine.gradients import Gradients, sum_partial
+from megatrain.engine.groups import connected
 from megatrain.engine.kinds.plain import PlainEngine
 from megatrain.engine.passes import Passes, mean, summed
 from megatrain.nn.batch import Batch
@@ -141,13 +141,6 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, d
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=common | config, mpu=Groups(mesh))
     return engine
-
-
-def connected(mesh: Mesh) -> Mesh:
-    """The mesh with process groups; DeepSpeed needs one even of a single rank."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return mesh if mesh.groups else mesh.connect()
 
 
 # ------------------------------------------------------------------------------------------------ stage 0

@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatrain.base.errors import ConfigError
 from megatrain.engine.api import ENGINE, Engine, EngineCase, Parts, StepReport
 from megatrain.engine.gradients import sum_over
+from megatrain.engine.groups import connected
 from megatrain.engine.passes import Passes, mean, summed
 from megatrain.nn.batch import Batch
 from megatrain.optim.norm import clip_divisor, global_norm, not_finite, squared_norm
 from megatrain.optim.optimizer import guarded, set_lr, set_step_count, step_count
-from megatrain.parallel.mesh import Axis, Mesh
+from megatrain.parallel.mesh import Axis
 from megatrain.parallel.shard import Shard, Slice, shards, slices_of
 
 
@@ -44,13 +44,6 @@ class Fsdp2:
 
     def build(self, parts: Parts) -> Engine:
         return Fsdp2Engine(parts)
-
-
-def connected(mesh: Mesh) -> Mesh:
-    """The mesh with process groups; `fully_shard` needs one even of a single rank."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return mesh if mesh.groups else mesh.connect()
 
 
 @dataclass(frozen=True)

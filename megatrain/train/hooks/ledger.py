@@ -7,10 +7,10 @@ from megatrain.config.build import plain
 from megatrain.data.config import Data
 from megatrain.data.ledger import FILE, Ledger, order_of
 from megatrain.data.shards import TRAIN
-from megatrain.train.hook import Handle, Hook, Record
+from megatrain.train.hook import Handle, Periodic, Record
 
 
-class Bookkeeping(Hook):
+class Bookkeeping(Periodic):
     """Rank 0 writes a line for the steps up to each checkpoint, and one at the end: nothing else costs anything.
 
     Steps that come after the last checkpoint of a run that was killed are in no weights, and in no line.
@@ -20,7 +20,8 @@ class Bookkeeping(Hook):
         self, every: int, handle: Handle, data: Data, seed: int, global_batch: int, cursors: Callable[[], Any]
     ):
         """`cursors` gives where the feed stands after the step that is `due`, or after the last one of all."""
-        self.every, self.total_steps, self.cursors = every, handle.total_steps, cursors
+        super().__init__(every, handle)
+        self.cursors = cursors
         self.step = handle.first_step - 1
         self.skipped: list[int] = []
         self.ledger: Ledger | None = None
@@ -28,9 +29,6 @@ class Bookkeeping(Hook):
             fingerprints = [corpus.fingerprint for corpus in data.corpora(TRAIN, seed)]
             self.ledger = Ledger(handle.folder / FILE)
             self.ledger.start(self.step, cursors(), order_of(plain(data), seed, global_batch, fingerprints))
-
-    def due(self, step: int) -> bool:
-        return step == self.total_steps or (self.every > 0 and step % self.every == 0)
 
     def after_step(self, record: Record) -> None:
         self.step = record["step"]
