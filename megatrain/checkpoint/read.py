@@ -105,7 +105,8 @@ class Commit:
                 found = f"none ({error})"
             if found != expected:
                 where = self.storage.describe(f"{self.folder}/{file}")
-                problems.append(f"{where} is damaged: {what} has digest {found} and was written with {expected}")
+                digests = f"has digest {found[:16]} and was written with {expected[:16]}"
+                problems.append(f"{where} is damaged: {what} {digests}; {_REMEDY}")
         return problems
 
     def reader(self, cast: bool = False) -> "Reader":
@@ -132,7 +133,7 @@ class Commit:
         return digest.hexdigest()
 
 
-_REMEDY = "restore it, or resume from the commit before with checkpoint.fallback=true"
+_REMEDY = "restore it, or take the commit before (checkpoint.fallback=true in training; else name its folder)"
 
 
 def _committed_manifest(storage: Storage, folder: str) -> Manifest:

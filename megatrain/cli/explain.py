@@ -1,10 +1,14 @@
 """`megatrain explain`: what a run file comes to, and where each value was written."""
 
 import json
+import sys
 
 import click
 from rich.console import Console
 from rich.table import Table
+
+WIDE = 400
+"""Columns where there is no terminal to wrap at: nothing is cut that a program may read."""
 
 
 @click.command(short_help="Show a run file resolved: each value and where it was written.")
@@ -31,4 +35,4 @@ def command(run_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     for key, row in rows.items():
         value = "-" if row["value"] is None else json.dumps(row["value"]).strip('"')
         table.add_row(key, value, row["origin"], style="dim" if row["origin"] == "default" else "")
-    Console(soft_wrap=False).print(table)
+    Console(width=None if sys.stdout.isatty() else WIDE).print(table)

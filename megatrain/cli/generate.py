@@ -3,10 +3,13 @@
 import json
 import sys
 import time
-from typing import TYPE_CHECKING, Any, TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
+
+from megatrain.base.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatrain.generate.load import Loaded
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
 @click.command(short_help="Continue prompts with a trained model.")
 @click.argument("checkpoint")
 @click.option("--prompt", "prompts", multiple=True, help="Text to continue; may be given several times.")
-@click.option("--prompt-file", type=click.File(encoding="utf-8"), help="A file with one prompt; - is standard input.")
+@click.option("--prompt-file", type=click.Path(), help="A file with one prompt; - is standard input.")
 @click.option("--max-tokens", default=128, show_default=True, help="Tokens to add, at most.")
 @click.option("--temperature", default=1.0, show_default=True, help="0 takes the most probable token, always.")
 @click.option("--top-k", type=int, help="Draw from this many of the most probable tokens.")
@@ -34,7 +37,7 @@ def command(
     context: click.Context,
     checkpoint: str,
     prompts: tuple[str, ...],
-    prompt_file: TextIO | None,
+    prompt_file: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -51,13 +54,30 @@ def command(
 
     given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     _refuse_useless(given)
+    prompt_from_file = None if prompt_file is None else _read_prompt(prompt_file)
     loaded = load(checkpoint, device=options.pop("device"), dtype=options.pop("dtype"))
-    texts = [*prompts, *([prompt_file.read()] if prompt_file else [])] or [""]
+    texts = [*prompts, *([prompt_from_file] if prompt_from_file is not None else [])] or [""]
     beams, length_penalty = options.pop("beams"), options.pop("length_penalty")
     if beams is None:
         _sample(loaded, texts, as_json, **options)
     else:
         _search(loaded, texts, as_json, beams, length_penalty, options)
+
+
+def _read_prompt(path: str) -> str:
+    """The text of a file, or of standard input where `path` is "-"."""
+    try:
+        if path != "-":
+            return Path(path).read_bytes().decode()
+        if sys.stdin is None:
+            raise ConfigError("--prompt-file - reads standard input, which is closed: give a file, or --prompt")
+        return sys.stdin.buffer.read().decode()
+    except OSError as error:
+        raise ConfigError(f"--prompt-file {path} cannot be read ({error.strerror}): give a text file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"--prompt-file {path} is not UTF-8 at byte {error.start}: convert it, for example with iconv"
+        ) from None
 
 
 def _refuse_useless(given: set[str]) -> None:

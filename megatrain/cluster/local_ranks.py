@@ -220,7 +220,8 @@ def _explain(first: _Rank, ranks: Sequence[_Rank]) -> None:
         first.reader.join(timeout=1)
     if first.number != 0:
         words = [line for line in first.said if not line.startswith("[rank ")]  # those were passed on already
-        print(f"rank {first.number} said:", *words, sep="\n", file=sys.stderr)
+        if words:
+            print(f"rank {first.number} said:", *words, sep="\n", file=sys.stderr)
     if first.code != EXIT_USAGE:
         others = "; the others were ended" if len(ranks) > 1 else ""
         print(f"rank {first.number} of {len(ranks)} {_how_it_ended(first)}{others}", file=sys.stderr, flush=True)

@@ -63,6 +63,17 @@ def connected(
         disconnect()
 
 
+LOST = ("Connection closed by peer", "Connection reset", "Timed out waiting", "Broken pipe", "NCCL error", "Watchdog")
+"""Words by which torch's backends say that a collective failed because of another rank."""
+
+
+def lost_peer(error: Exception) -> bool:
+    """Whether a collective failed because another rank has ended or does not answer."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in LOST))
+
+
 def _store(identity: Identity, timeout: timedelta) -> "dist.Store":
     """The key-value store through which ranks exchange their addresses; rank 0 serves it."""
     import torch.distributed as dist

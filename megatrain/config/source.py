@@ -207,7 +207,10 @@ class _Word:
         path = key.strip().split(".")
         if not equals or not all(path):
             raise ConfigError(f"{text!r} is not key=value: write for example train.steps=100")
-        return cls(text, path, _compose(value, COMMAND_LINE))
+        try:
+            return cls(text, path, _compose(value, COMMAND_LINE))
+        except ConfigError as error:
+            raise ConfigError(f"{text!r}: {error}; quote the whole word for the shell") from None
 
 
 def _set(tree: Node, path: list[str], value: Node, word: str) -> Node:
@@ -217,7 +220,10 @@ def _set(tree: Node, path: list[str], value: Node, word: str) -> Node:
     if isinstance(tree.value, list):
         if not head.isdecimal() or int(head) >= len(tree.value):
             elements = f"0 to {len(tree.value) - 1}" if tree.value else "it is empty"
-            raise ConfigError(f"{word}: {head!r} is not an element of the list at {tree.origin} (allowed: {elements})")
+            raise ConfigError(
+                f"{word}: {head!r} is not an element of the list at {tree.origin} (allowed: {elements}): to add one, "
+                "write the whole list, as in 'data.sources=[{path: a}, {path: b}]'"
+            )
         items = list(tree.value)
         items[int(head)] = _set(items[int(head)], rest, value, word)
         return Node(items, COMMAND_LINE)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatrain.base.device import Device, cpu_threads
-from megatrain.base.errors import PreemptedError
+from megatrain.base.errors import PreemptedError, RunError
 from megatrain.base.files import read_json_lines, written_whole
 from megatrain.base.log import log, start_logging, warn
 from megatrain.base.units import show_count
@@ -19,13 +19,14 @@ from megatrain.checkpoint.exchange import Exchange
 from megatrain.checkpoint.origin import revision, versions
 from megatrain.checkpoint.read import Commit, find
 from megatrain.cluster.identity import Identity, identity_of
-from megatrain.cluster.start import connected
+from megatrain.cluster.start import connected, lost_peer
 from megatrain.data.feed import held_out
 from megatrain.data.held_out import HeldOut
 from megatrain.data.shards import HELD_OUT, TOKENIZER, TRAIN, TokenizerEntry
 from megatrain.engine.layout import resolve_engine
 from megatrain.nn.batch import Batch
 from megatrain.parallel.mesh import Mesh
+from megatrain.parallel.product import CPU_MULTIPLIES_BF16
 from megatrain.report.page import write_report
 from megatrain.train.agreement import Drift, refuse_disagreement, refuse_drift
 from megatrain.train.build import build_engine, context_part, open_feed
@@ -216,6 +217,8 @@ class Session:
             raise
         except Exception as error:
             self.note("failed", error=f"{type(error).__name__}: {error}"[:2000])
+            if lost_peer(error):
+                raise RunError(self._what_a_lost_peer_means(error)) from error
             raise
         finally:
             if outcome != "failed":
@@ -227,6 +230,14 @@ class Session:
             if self.rank == 0:
                 self._say_what_came()
                 self._report()
+
+    def _what_a_lost_peer_means(self, error: Exception) -> str:
+        saved = self.checkpoints.committed if self.checkpoints.committed is not None else self.resumed_at
+        words = str(error).strip().splitlines()[0]
+        return (
+            f"another rank is gone or does not answer after step {self.state.step} ({words}): see what ended it; "
+            f"the same command goes on from step {saved}"
+        )
 
     def _hooks(self, handle: Handle) -> list[Hook]:
         run = self.run
@@ -258,7 +269,8 @@ class Session:
         )
 
     def _throughput(self) -> Throughput:
-        dtype = torch.bfloat16 if self.run.precision.compute == "bf16" else torch.float32
+        bf16 = self.run.precision.compute == "bf16" and (self.device.kind != "cpu" or CPU_MULTIPLIES_BF16)
+        dtype = torch.bfloat16 if bf16 else torch.float32  # what products really run in
         peak, source = self.device.peak_flops(dtype)
         flops = self.run.model.flops_per_token(self.tokenizer.vocab_size, self.run.data.seq_len)
         return Throughput(flops, peak, source, self.identity.world, self.device)

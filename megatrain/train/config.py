@@ -17,6 +17,9 @@ from megatrain.optim.optimizer import OPTIMIZER
 from megatrain.optim.schedule import SCHEDULE
 from megatrain.train.hooks import HOOK
 
+MOST_STEPS = 10**9
+"""More is a slip of the finger."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
@@ -45,6 +48,8 @@ class Train:
         for name in ("eval_every", "drift_every", "max_skips"):
             if getattr(self, name) < 0:
                 found.append(f"{name}={getattr(self, name)}: it must be at least 0")
+        if (self.steps or 0) > MOST_STEPS:
+            found.append(f"steps={self.steps}: at most {MOST_STEPS:,} can be taken")
         if self.steps == 0 or self.tokens == 0:
             found.append("a run of nothing: steps or tokens must be at least 1")
         return found

@@ -69,7 +69,7 @@ def refuse_other_run(run: Run, former: dict[str, Any]) -> None:
     raise ConfigError(
         [
             f"{run.folder} holds a run with {key}={_show(old)}, and it is {_show(new)} here: set it back, "
-            f"choose another name, or add {key} to checkpoint.acknowledge"
+            f"choose another name, or add {key} to checkpoint.acknowledge, as in 'checkpoint.acknowledge=[{key}]'"
             for key, (old, new) in sorted(refused.items())
         ]
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -89,6 +90,20 @@ def test_torchrun_runs_the_same_and_a_killed_rank_ends_the_others(tmp_path: Path
     assert [line["step"] for line in metrics(run)] == list(range(1, 13))
 
 
+def test_a_rank_killed_under_nproc_is_named_with_the_step_to_go_on_from(tmp_path: Path, text_data: Path) -> None:
+    path = write_run(tmp_path, text_data, train__steps=400, checkpoint__every=5, checkpoint__async=False)
+    process = started(tmp_path, "megatrain", "train", str(path), "--nproc", "2", "layout.engine=plain")
+    wait_for_step(tmp_path / "runs/small", 7, process)
+    ranks = sorted(psutil.Process(process.pid).children(), key=lambda p: p.environ()["RANK"])
+    ranks[1].kill()
+    _, words = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "rank 1 of 2 was ended by SIGKILL" in words
+    assert re.search(r"another rank is gone .* goes on from step \d*[05]\n", words), words
+    assert "Traceback" not in words
+    assert "said:" not in words
+
+
 def test_a_port_in_use_is_one_sentence(tmp_path: Path, text_data: Path) -> None:
     path = write_run(tmp_path, text_data)
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -129,6 +144,9 @@ REFUSED: list[tuple[str, dict[str, Any], list[str], str]] = [
     ("no tokenizer", {"tokenizer": "nowhere.json"}, [], "tokenizer is nowhere.json, which is no file"),
     ("name", {"name": "a/b"}, [], "it names a folder"),
     ("override", {}, ["train.steps"], "is not key=value"),
+    ("half a list", {}, ["hooks=[{kind:"], "quote the whole word for the shell"),
+    ("absent element", {}, ["data.sources.1.path=x"], "write the whole list"),
+    ("steps", {"train__steps": 10**22}, [], "at most 1,000,000,000"),
     ("unknown override", {}, ["train.stepz=3"], "did you mean steps?"),
     ("precision", {"precision__parameters": "bf16"}, [], "compute=bf16"),
     ("fp16", {"precision__compute": "fp16"}, [], "precision.compute"),

@@ -90,3 +90,14 @@ def test_help_has_an_example():
 def test_the_public_functions_do_the_same(run):
     model = megatrain.load(run)
     assert megatrain.generate(model, "def ", max_tokens=4) == generate(load(run), "def ", max_tokens=4)
+
+
+def test_a_prompt_file_that_is_no_text_is_one_sentence(run, tmp_path, monkeypatch):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"latin\.txt is not UTF-8 at byte 3"):
+        command.main([str(run), "--prompt-file", str(tmp_path / "latin.txt")], standalone_mode=False)
+    with pytest.raises(UserError, match="nowhere cannot be read"):
+        command.main([str(run), "--prompt-file", str(tmp_path / "nowhere")], standalone_mode=False)
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UserError, match="standard input, which is closed"):
+        command.main([str(run), "--prompt-file", "-"], standalone_mode=False)

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megatrain.base.units import show_count
+from megatrain.base.units import show_count, show_seconds
 from megatrain.train.hook import Handle, Hook, Record
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -49,7 +49,7 @@ class Console(Hook):
     def _left(self, step: int) -> str:
         done = step - self.began_step
         seconds = (time.monotonic() - self.began) / max(1, done) * (self.total - step)
-        return f"{int(seconds // 60)}m{int(seconds % 60):02d}s left"
+        return f"{show_seconds(seconds)} left"
 
     def finish(self, outcome: str) -> None:
         if self.bar is not None:
