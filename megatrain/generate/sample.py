@@ -132,8 +132,14 @@ def begin(
 
 
 def encode_prompt(loaded: Loaded, prompt: str) -> list[int]:
-    """A prompt's tokens; the empty prompt is the end of the document before."""
-    return loaded.tokenizer.encode(prompt) or [loaded.tokenizer.end_of_document]
+    """A prompt's tokens, as the beginning of a document.
+
+    Runs read each document behind an end-of-document token, so that is what a prompt begins with. A converted model,
+    which was trained elsewhere, is given the prompt alone (and an end-of-document token where there is no prompt).
+    """
+    end = loaded.tokenizer.end_of_document
+    begin = [end] if "train" in loaded.config else []
+    return [*begin, *loaded.tokenizer.encode(prompt)] or [end]
 
 
 def prompt_problem(loaded: Loaded, ids: Sequence[int]) -> str | None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatrain.base.errors import ConfigError, RunError
 from megatrain.generate import sample
 from megatrain.generate.choose import Choosing
-from megatrain.generate.sample import Continuation, begin, generate, proceed
+from megatrain.generate.sample import Continuation, begin, encode_prompt, generate, proceed
 from megatrain.models.decoder import Decoder
 from megatrain.nn.attention.sliding_window import SlidingWindow
 from megatrain.nn.norm.layer_norm import LayerNorm
@@ -254,3 +254,13 @@ def test_damaged_weights_are_noticed_and_not_sampled():
     of.model.norm.weight.data[3] = float("nan")
     with pytest.raises(RunError, match="not finite after 1 tokens"):
         generate(of, "a")
+
+
+def test_a_prompt_begins_a_document_as_the_rows_of_a_run_do():
+    ours = dataclasses.replace(loaded(), config={"train": {"steps": 3}})
+    end = ours.tokenizer.end_of_document
+    assert encode_prompt(ours, "def ") == [end, *ours.tokenizer.encode("def ")]
+    assert encode_prompt(ours, "") == [end]
+    converted = dataclasses.replace(ours, config={})
+    assert encode_prompt(converted, "def ") == ours.tokenizer.encode("def ")
+    assert encode_prompt(converted, "") == [end]
