@@ -43,6 +43,7 @@ def input_options(function: Any) -> Any:
 
 @command.command(
     "build",
+    short_help="Text, JSON lines, parquet or source trees to token shards.",
     help="""Make a data set of token shards from text files, JSON lines, parquet, webdataset's tars of text,
     Megatron-LM's .bin and .idx, and folders of source files; text and JSON lines also as .gz and .zst. A build that was
     stopped goes on where it was when the same command is given again.
@@ -108,6 +109,7 @@ def _report(built: Any, out: Path) -> None:
 
 @command.command(
     "clean",
+    short_help="Leave out copies, evaluation text and low quality.",
     help="""Leave out documents that are no good to train on: copies and near copies of others, passages of evaluation
     sets, and what breaks rules of quality. Each is recorded with its reason in DIR/dropped.jsonl; the documents that
     are kept are written to DIR/kept as JSON lines, for `megatrain data build`.
@@ -143,6 +145,7 @@ def clean_command(**options: Any) -> None:
 
 @command.command(
     "inspect",
+    short_help="Counts, lengths, frequent tokens, examples.",
     help="""Show what is in a data set: counts, lengths, frequent tokens, the beginnings of some documents.
 
     \b
@@ -167,6 +170,7 @@ def inspect_command(folder: Path, examples: int, frequent: int, as_json: bool) -
 
 @command.command(
     "verify",
+    short_help="Check every byte against the manifest.",
     help="""Check every byte of a data set against its manifest: checksums, sizes, the index against the tar, each
     document. Exits with 1 and the names of the bad files if anything is wrong.
 
@@ -200,6 +204,7 @@ def verify_command(folder: Path, workers: int, as_json: bool) -> None:
 
 @command.command(
     "trace",
+    short_help="What each global batch of a run is made of.",
     help="""Print what each global batch of a run is made of, without training: a hash of its tokens and its documents.
 
     The hash is the sha256 of the tokens as little-endian int64 [global_batch, seq_len]. Step 0 is the first batch, and
@@ -237,6 +242,7 @@ def trace_command(
 
 @command.command(
     "seen",
+    short_help="At which steps a run was trained on a document.",
     help="""Ask what a run was trained on: the steps whose batches held tokens of a document, known by its id or by a
     text in it. RUN is the folder of a run, or its run file.
 
