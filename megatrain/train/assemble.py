@@ -134,10 +134,10 @@ class Session:
         if tokenizer is not None:
             with written_whole(self.folder.path / TOKENIZER, "wb") as file:
                 file.write(tokenizer)
+        self.folder.rewind_metrics(0 if commit is None else commit.step)  # it may have been killed before any commit
         if commit is None:
             self.folder.note("started", 0, facts=self.facts())
         else:
-            self.folder.rewind_metrics(commit.step)
             self.folder.note("resumed", commit.step, facts=self.facts(), changed=self.lineage[-1]["changed"])
 
     def _held_out(self) -> list[Batch]:

@@ -24,7 +24,13 @@ def exact(folder: Path) -> list[dict]:
 )
 def test_a_run_killed_in_between_is_bit_exact(tmp_path: Path, text_data: Path, engine: str, zero: int) -> None:
     """40 steps straight, and 40 steps with a kill -9 after step 23, on two ranks."""
-    layout = (f"layout.engine={engine}", f"layout.zero={zero}", "checkpoint.every=20", "train.steps=40")
+    layout = (
+        f"layout.engine={engine}",
+        f"layout.zero={zero}",
+        "checkpoint.every=20",
+        "checkpoint.async=false",
+        "train.steps=40",
+    )
     path = str(write_run(tmp_path, text_data))
     run(on_ranks, 2, path, ("name=straight", *layout))
     with pytest.raises(RankError, match="exit code -9"):
@@ -50,7 +56,7 @@ def test_a_run_asked_to_stop_is_saved_and_goes_on_bit_exact(tmp_path: Path, text
 
 
 def test_metrics_beyond_the_commit_move_to_the_events(tmp_path: Path, text_data: Path) -> None:
-    path = write_run(tmp_path, text_data)
+    path = write_run(tmp_path, text_data, checkpoint__async=False)
     with pytest.raises(RankError, match="exit code -9"):
         run(on_ranks, 1, str(path), ("name=killed",), (0, 9))
     before = metrics(tmp_path / "runs/killed")
@@ -59,6 +65,17 @@ def test_metrics_beyond_the_commit_move_to_the_events(tmp_path: Path, text_data:
     assert rewound["step"] == 6
     assert rewound["lines"] == before[6:]
     assert [line["step"] for line in metrics(tmp_path / "runs/killed")] == list(range(1, 13))
+
+
+def test_a_run_killed_before_its_first_commit_starts_anew_with_clean_metrics(tmp_path: Path, text_data: Path) -> None:
+    path = write_run(tmp_path, text_data)
+    with pytest.raises(RankError, match="exit code -9"):
+        run(on_ranks, 1, str(path), ("name=killed",), (0, 4))
+    assert [line["step"] for line in metrics(tmp_path / "runs/killed")] == [1, 2, 3]
+    train(path, ["name=killed"])
+    assert [line["step"] for line in metrics(tmp_path / "runs/killed")] == list(range(1, 13))
+    (rewound,) = events(tmp_path / "runs/killed", "rewound")
+    assert [line["step"] for line in rewound["lines"]] == [1, 2, 3]
 
 
 def test_a_finished_run_does_nothing(tmp_path: Path, text_data: Path) -> None:
