@@ -72,7 +72,7 @@ def test_ctrl_c_ends_the_step_saves_and_exits_75_and_the_run_goes_on(tmp_path: P
 
 
 def test_torchrun_runs_the_same_and_a_killed_rank_ends_the_others(tmp_path: Path, text_data: Path) -> None:
-    path = write_run(tmp_path, text_data, train__steps=400, checkpoint__every=5)
+    path = write_run(tmp_path, text_data, train__steps=400, checkpoint__every=5, checkpoint__async=False)
     run = tmp_path / "runs/small"
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megatrain", "train", str(path))
     process = started(tmp_path, *torchrun)
