@@ -35,6 +35,8 @@ PRELOADED = (
 
 GRACE = 3.0  # seconds for other ranks to say their own cause once one has failed
 
+UNCONNECTED = "Gloo connectFullMesh failed"
+
 _server = multiprocessing.get_context("forkserver")
 
 
@@ -48,10 +50,22 @@ def run(function: Callable[..., Any], n: int, *args: Any, timeout: float = 120) 
     `function` stands at the top of a module; its arguments and its result can be pickled. Each rank has one thread and
     a TORCH_EXTENSIONS_DIR of its own; what it prints is shown when it fails.
 
+    A group that gloo could not connect says nothing about `function`: its ranks are started once more (a busy machine
+    drops a connection between two listeners now and then).
+
     Raises:
         RankError: a rank raised, died, was not done after `timeout` seconds, or left a process behind.
     """
     _start_server()
+    try:
+        return _run(function, n, args, timeout)
+    except RankError as error:
+        if UNCONNECTED not in str(error):
+            raise
+    return _run(function, n, args, timeout)
+
+
+def _run(function: Callable[..., Any], n: int, args: tuple[Any, ...], timeout: float) -> list[Any]:
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         folder = Path(name)
         ranks = []

@@ -3,12 +3,13 @@
 import os
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import RankError, run
+from tests.ranks import UNCONNECTED, RankError, run
 
 
 def sum_over_ranks(value: float) -> torch.Tensor:
@@ -36,6 +37,15 @@ def leave_a_child() -> None:
 
 def die() -> None:
     os._exit(7)
+
+
+def lose_a_connection(marks: Path, times: int) -> int:
+    """Fail as gloo does when it cannot connect, in the first `times` starts."""
+    starts = len(list(marks.iterdir()))
+    (marks / str(starts)).touch()
+    if starts < times:
+        raise RuntimeError(f"{UNCONNECTED} with [pair.cc:553] Connection closed by peer")
+    return starts
 
 
 def threads_and_group() -> tuple[int, int, str]:
@@ -70,3 +80,12 @@ def test_a_process_left_behind_is_a_failure():
 def test_a_rank_that_dies_silently_is_reported_with_its_exit_code():
     with pytest.raises(RankError, match="rank 0: died with exit code 7"):
         run(die, 1)
+
+
+def test_ranks_that_gloo_could_not_connect_are_started_once_more(tmp_path: Path):
+    assert run(lose_a_connection, 1, tmp_path, 1) == [1]
+
+
+def test_ranks_that_gloo_cannot_connect_twice_are_a_failure(tmp_path: Path):
+    with pytest.raises(RankError, match=UNCONNECTED):
+        run(lose_a_connection, 1, tmp_path, 2)
