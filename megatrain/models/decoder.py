@@ -1,5 +1,6 @@
 """The decoder-only Transformer: embedding, blocks, norm, head (Touvron et al. 2023, arXiv:2302.13971)."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -55,6 +56,8 @@ class Decoder:
     """Rows of the embedding: the tokenizer's vocabulary by default; more are padding that never enters the loss."""
     tie_embeddings: bool = True
     """The head is the embedding (Press and Wolf 2017, arXiv:1608.05859)."""
+    scale_embeddings: bool = False
+    """Multiply embedded tokens by sqrt(d_model) (Vaswani et al. 2017, arXiv:1706.03762, section 3.4)."""
     dropout: float = 0.0
     """Share of each sublayer's output and of the embedding that is dropped in training."""
     init_std: float = 0.02
@@ -83,6 +86,11 @@ class Decoder:
             found.append(f"dropout={self.dropout}: it is a share from 0 to below 1")
         if found:
             return found
+        if getattr(self.attention, "qk_norm_over", "head") == "width" and not hasattr(self.norm, "build_cut"):
+            found.append(
+                f"norm {self.norm.kind} cannot go over all heads of a token: set attention.qk_norm_over=head, "
+                "or norm.kind=rms_norm"
+            )
         case = AttentionCase(self.width_of_head, self.n_heads, self.kv_heads)
         found += [f"attention {self.attention.kind}: {r}" for r in self.attention.unsupported_reasons(case)]
         found += [f"position {self.position.kind}: {r}" for r in self.position.unsupported_reasons(self.width_of_head)]
@@ -99,12 +107,18 @@ class Decoder:
     def layout_problems(self, tp: int, cp: int = 1) -> list[str]:
         """Why this model cannot be cut over `tp` x `cp` ranks, each with what would do."""
         found = []
-        for name, n in {"n_heads": self.n_heads, "n_kv_heads": self.kv_heads, "d_ff": self.d_ff}.items():
+        for name, n in {"n_heads": self.n_heads, "d_ff": self.d_ff}.items():
             if n % tp:
                 fits = divisors(n)
                 found.append(
                     f"model.{name}={n} cannot be split over tp={tp}: pick tp from {fits}, or change model.{name}"
                 )
+        if self.kv_heads % tp and tp % self.kv_heads:
+            fits = [d for d in divisors(self.n_heads) if self.kv_heads % d == 0 or d % self.kv_heads == 0]
+            found.append(
+                f"model.n_kv_heads={self.kv_heads} can be neither split over tp={tp} nor held by equally many of its "
+                f"ranks: pick tp from {fits}, or change model.n_kv_heads"
+            )
         if not found and cp > 1:
             for name, n in {"n_heads": self.n_heads, "n_kv_heads": self.kv_heads}.items():
                 if (n // tp) % cp:
@@ -197,7 +211,8 @@ class DecoderModel(nn.Module):
         self.positions = c.position.build(c.d_model, seq_len, tp)
         self.embedding_dropout = Dropout(c.dropout, "embedding")
         self.layers = nn.ModuleDict({str(i): self._block(i, out_std) for i in range(c.n_layers)})
-        self.norm = c.norm.build(c.d_model, tp) if c.norm.placement == "pre" else nn.Identity()
+        normalised = BLOCKS[c.norm.placement].ends_normalised
+        self.norm = nn.Identity() if normalised else c.norm.build(c.d_model, tp)
         tied = self.embedding.weight if c.tie_embeddings else None
         self.head = Head(rows, c.d_model, tp, c.init_std, tied)
 
@@ -219,8 +234,12 @@ class DecoderModel(nn.Module):
             out_bias=getattr(c.feed_forward, "bias", False),
         )
         feed_forward = c.feed_forward.build(c.d_model, c.d_ff, tp, init_std=c.init_std, out_std=out_std)
-        norms = (c.norm.build(c.d_model, tp), c.norm.build(c.d_model, tp))
-        return BLOCKS[c.norm.placement](attention, feed_forward, norms, lambda sublayer: Dropout(c.dropout, sublayer))
+        return BLOCKS[c.norm.placement](
+            attention,
+            feed_forward,
+            lambda: c.norm.build(c.d_model, tp),
+            lambda sublayer: Dropout(c.dropout, sublayer),
+        )
 
     # --------------------------------------------------------------------------------- forward
 
@@ -242,6 +261,8 @@ class DecoderModel(nn.Module):
         if where.cache is None and where.mask is None:
             where.mask = c.attention.prepare(where)
         x = self.embedding(tokens)
+        if c.scale_embeddings:
+            x = x * math.sqrt(c.d_model)
         if self.positions is not None:
             x = x + self.positions(where.positions)
         x = self.embedding_dropout(x, where.noise)

@@ -69,6 +69,9 @@ gather = _pair("Gather", all_gather, reduce_scatter)
 scatter = _pair("Scatter", reduce_scatter, all_gather)
 """`reduce` under sequence parallelism: partial sums are added and dealt out over the sequence."""
 
+total = _pair("Total", all_reduce, all_reduce)
+"""Sum over the axis of which every rank makes further use of its own: the gradient that it gets is a sum as well."""
+
 
 def _exchange(x: Tensor, group: Any, cut: int, join: int) -> Tensor:
     """Cut `x` along dimension `cut` into one part a rank, send each to its rank, and join what comes along `join`."""

@@ -8,15 +8,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatrain.engine.gradients import gradients_of, sum_partial
 from megatrain.models.decoder import Decoder
 from megatrain.nn.attention.causal import Causal
 from megatrain.nn.attention.sliding_window import SlidingWindow
 from megatrain.nn.batch import Batch
+from megatrain.nn.feed_forward.geglu import GeGLU
 from megatrain.nn.feed_forward.gelu import GELU
 from megatrain.nn.norm.layer_norm import LayerNorm
 from megatrain.nn.norm.rms_norm import RMSNorm
+from megatrain.nn.norm.zero_centred_rms_norm import ZeroCentredRMSNorm
 from megatrain.nn.position.learned import Learned
 from megatrain.nn.position.none import NoPosition
+from megatrain.nn.position.rotary import Rotary
 from megatrain.optim.norm import counted_and_copies, global_norm, squared_norm
 from megatrain.parallel.mesh import Axis, Mesh
 from megatrain.parallel.shard import initialise, shard_of
@@ -42,8 +46,18 @@ CHOICES = {
     ),
     "2017": decoder(position=Learned(), norm=LayerNorm(placement="post"), feed_forward=GELU(bias=True)),
     "post": decoder(norm=RMSNorm(placement="post"), tie_embeddings=False),
+    "gpt-neox": decoder(
+        norm=LayerNorm(placement="parallel"), position=Rotary(share=0.25), feed_forward=GELU(bias=True),
+        attention=Causal(bias=True), tie_embeddings=False, dropout=0.1,
+    ),
+    "gemma": decoder(norm=ZeroCentredRMSNorm(), feed_forward=GeGLU(), scale_embeddings=True),
+    "olmo2": decoder(norm=RMSNorm(placement="output"), attention=Causal(qk_norm=True, qk_norm_over="width")),
+    "one_kv_head": decoder(n_kv_heads=1, tie_embeddings=False),
+    "shared_kv_heads": decoder(
+        n_heads=8, n_kv_heads=2, attention=Causal(bias=True, qk_norm=True), vocab_size=41, position=Learned()
+    ),
     "window": decoder(attention=SlidingWindow(window=3, qk_norm=True), position=NoPosition(), dropout=0.1),
-}
+}  # fmt: skip
 
 
 def loss_and_gradients(model: nn.Module, given: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -85,9 +99,9 @@ def cut_against_whole(n: int, names: list[str]) -> list[dict[str, tuple[Any, ...
                     assert torch.equal(p, shard_of(p).cut(full[key].detach())), f"{case}: {key} starts elsewhere"
                 loss, grads = loss_and_gradients(local, given)
                 assert math.isclose(loss, exact, rel_tol=1e-6), f"{case}: loss {loss} for {exact}"
+                sum_partial(gradients_of(local.parameters()), axis)
                 for key, p in local.named_parameters():
-                    if shard_of(p).summed_over_tp:
-                        dist.all_reduce(grads[key], group=axis.group)
+                    assert_copies_are_equal(key, p, axis)
                     off = error(grads[key], shard_of(p).cut(full_grads[key]), at_least=1e-4)
                     assert off < 1e-4, f"{case}: the gradient of {key} is off by {off:.1e}"
                 norm, exact_norm = norm_of(local, axis), norm_of(whole)
@@ -104,7 +118,28 @@ def assert_held_once(held: list[dict[str, tuple[Any, ...]]]) -> None:
         assert parts[-1][1] == shape[dim], key
 
 
-@pytest.mark.parametrize(("n", "names"), [(2, list(CHOICES)), (3, ["padded", "gpt"])], ids=["tp2", "tp3"])
+def assert_copies_are_equal(key: str, p: Tensor, axis: Axis) -> None:
+    """Ranks that hold the same values have the same gradient for them, to the last bit."""
+    assert p.grad is not None
+    mine = []
+    for part, grad in zip(shard_of(p).parts, p.grad.split(sizes_of(p), shard_of(p).dim), strict=True):
+        mine.append(((part.start, part.stop), grad.sum().item()))
+    everyone: list[Any] = [None] * axis.size
+    dist.all_gather_object(everyone, mine, group=axis.group)
+    found: dict[tuple[int, int], float] = {}
+    for place, total in (piece for rank in everyone for piece in rank):
+        assert found.setdefault(place, total) == total, f"copies of {key} {place} have different gradients"
+
+
+def sizes_of(p: Tensor) -> list[int]:
+    return [part.stop - part.start for part in shard_of(p).parts]
+
+
+@pytest.mark.parametrize(
+    ("n", "names"),
+    [(2, [n for n in CHOICES if n != "shared_kv_heads"]), (3, ["padded", "gpt", "one_kv_head"]), (4, ["shared_kv_heads"])],
+    ids=["tp2", "tp3", "tp4"],
+)
 def test_a_cut_decoder_gives_the_loss_gradients_and_norm_of_the_whole_one(n, names):
     for held in zip(*run(cut_against_whole, n, n, names), strict=True):
         assert_held_once(list(held))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatrain.nn.norm import NORM
+from megatrain.nn.norm.rms_norm import RMSNorm
 from megatrain.parallel.shard import initialise, shards
 from megatrain.parallel.tensor import TensorParallel
 from tests.contract import DTYPES, assert_near, assert_same_function, examples, leaf, randomise
@@ -69,3 +70,10 @@ def test_every_parameter_of_a_norm_is_a_copy_on_each_rank(norm):
 def test_an_eps_of_zero_or_less_is_refused(kind):
     assert NORM[kind](eps=1e-6).problems() == []
     assert "above 0" in NORM[kind](eps=0.0).problems()[0]
+
+
+def test_a_norm_over_a_cut_dimension_equals_its_definition_where_one_rank_holds_all():
+    layer = RMSNorm().build_cut(WIDTH, TensorParallel())
+    randomise(layer)
+    x = leaf(2, 5, WIDTH)
+    assert_same_function(lambda x, *_: layer(x), lambda x, *_: layer.reference(x), [x, *layer.parameters()])

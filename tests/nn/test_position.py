@@ -80,5 +80,15 @@ def test_rotary_refuses_an_odd_head():
     assert "head_dim=7 is odd" in Rotary().unsupported_reasons(7)[0]
 
 
+def test_a_share_of_a_head_leaves_the_other_channels_as_they_are():
+    rotary, x = Rotary(share=0.25), leaf(1, SEQ_LEN, 2, 16)
+    positions, _ = rows((SEQ_LEN,))
+    y = rotary.rotate(x, rotary.prepare(positions, 16))
+    assert torch.equal(y[..., 4:], x[..., 4:])
+    assert torch.equal(y[..., :4], Rotary().rotate(x[..., :4], Rotary().prepare(positions, 4)))
+    assert "share=0.25 of head_dim=6 is 1 channels" in rotary.unsupported_reasons(6)[0]
+    assert "above 0" in Rotary(share=0.0).problems()[0]
+
+
 def test_rotary_refuses_a_base_of_one():
     assert "above 1" in Rotary(theta=1.0).problems()[0]

@@ -1,6 +1,7 @@
 """Causal attention: a token sees itself and what precedes it (Vaswani et al. 2017, arXiv:1706.03762)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -13,7 +14,9 @@ from megatrain.nn.where import Where
 @dataclass(frozen=True, kw_only=True)
 class Causal:
     qk_norm: bool = False
-    """Normalise queries and keys over each head before the product (Henry et al. 2020, arXiv:2010.04245)."""
+    """Normalise queries and keys before the product (Henry et al. 2020, arXiv:2010.04245)."""
+    qk_norm_over: Literal["head", "width"] = "head"
+    """Each head for itself, or all heads of a token together (OLMo et al. 2025, arXiv:2501.00656, section 3.2)."""
     bias: bool = False
     """Biases in the projections to queries, keys and values."""
 
@@ -40,4 +43,4 @@ class Causal:
 
     @classmethod
     def examples(cls) -> list["Causal"]:
-        return [cls(), cls(qk_norm=True), cls(bias=True)]
+        return [cls(), cls(qk_norm=True), cls(qk_norm=True, qk_norm_over="width"), cls(bias=True)]

@@ -44,14 +44,19 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.kind, self.position, self.name, self.cp = kind, position, name, cp
         self.head_dim = head_dim
-        self.n_local, self.n_kv_local = n_heads // tp.size, n_kv_heads // tp.size
+        sharers = max(1, tp.size // n_kv_heads)  # neighbours whose queries read the same keys and values
+        self.n_local, self.n_kv_local = n_heads // tp.size, n_kv_heads * sharers // tp.size
         widths = (n_heads * head_dim, n_kv_heads * head_dim, n_kv_heads * head_dim)
+        shared = (1, sharers, sharers)
         self.to_qkv = ColumnParallelLinear(
-            d_model, sum(widths), tp, init=normal(init_std), pieces=widths, bias=kind.bias
+            d_model, sum(widths), tp, init=normal(init_std), pieces=widths, shared=shared, bias=kind.bias
         )
         self.to_out = RowParallelLinear(n_heads * head_dim, d_model, tp, init=normal(out_std), bias=out_bias)
         self.q_norm = self.k_norm = None
-        if kind.qk_norm:  # a rank normalises its own heads, so its gradient is a part of the whole
+        self.norm_over_width = kind.qk_norm and getattr(kind, "qk_norm_over", "head") == "width"
+        if self.norm_over_width:
+            self.q_norm, self.k_norm = norm.build_cut(widths[0], tp), norm.build_cut(widths[1], tp)
+        elif kind.qk_norm:  # a rank normalises its own heads, so its gradient is a part of the whole
             self.q_norm = norm.build(head_dim, tp, partial=True)
             self.k_norm = norm.build(head_dim, tp, partial=True)
 
@@ -71,9 +76,13 @@ class SelfAttention(nn.Module):
             q, k, v = self.position.rotate(qkv, where.tables, h + g).split([h, g, g], 2)  # q and k in one go
         else:
             q, k, v = qkv.split([h, g, g], 2)
-            q = self.position.rotate(self.q_norm(q), where.tables)
-            k = self.position.rotate(self.k_norm(k), where.tables)
+            q = self.position.rotate(self._normalised(q, self.q_norm), where.tables)
+            k = self.position.rotate(self._normalised(k, self.k_norm), where.tables)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _normalised(self, heads: Tensor, norm: nn.Module) -> Tensor:
+        """Heads [b, t, h, k] over k, or over all of h and k."""
+        return norm(heads.flatten(2)).unflatten(-1, heads.shape[2:]) if self.norm_over_width else norm(heads)
 
 
 def residual_std(init_std: float, n_layers: int) -> float:

@@ -1,6 +1,7 @@
 """Causal attention to the latest `window` keys (Beltagy et al. 2020, arXiv:2004.05150, section 3.1)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -15,7 +16,9 @@ class SlidingWindow:
     window: int
     """Keys a query may see, its own included: 1 sees only itself."""
     qk_norm: bool = False
-    """Normalise queries and keys over each head before the product (Henry et al. 2020, arXiv:2010.04245)."""
+    """Normalise queries and keys before the product (Henry et al. 2020, arXiv:2010.04245)."""
+    qk_norm_over: Literal["head", "width"] = "head"
+    """Each head for itself, or all heads of a token together (OLMo et al. 2025, arXiv:2501.00656, section 3.2)."""
     bias: bool = False
     """Biases in the projections to queries, keys and values."""
 

@@ -1,13 +1,12 @@
 """LayerNorm (Ba et al. 2016, arXiv:1607.06450): centre, divide by the standard deviation, scale and shift."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatrain.nn.norm import NORM
+from megatrain.nn.norm import NORM, Placement
 from megatrain.parallel.shard import constant, parameter
 from megatrain.parallel.tensor import TensorParallel
 
@@ -17,8 +16,8 @@ from megatrain.parallel.tensor import TensorParallel
 class LayerNorm:
     eps: float = 1e-5
     """Added to the variance before the root."""
-    placement: Literal["pre", "post"] = "pre"
-    """pre: before attention and feed-forward; post: after the residual is added, as in 2017."""
+    placement: Placement = "pre"
+    """pre: before each sublayer; post: after each sum, as in 2017; output, parallel: see models/block.py."""
     bias: bool = True
 
     def problems(self) -> list[str]:

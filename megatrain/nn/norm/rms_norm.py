@@ -1,13 +1,14 @@
 """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467): divide by the root mean square, scale by a learned weight."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatrain.nn.norm import NORM
+from megatrain.nn.norm import NORM, Placement
+from megatrain.parallel import collectives
 from megatrain.parallel.shard import constant, parameter
 from megatrain.parallel.tensor import TensorParallel
 
@@ -17,8 +18,8 @@ from megatrain.parallel.tensor import TensorParallel
 class RMSNorm:
     eps: float = 1e-5
     """Added to the mean square before the root."""
-    placement: Literal["pre", "post"] = "pre"
-    """pre: before attention and feed-forward; post: after the residual is added, as in 2017."""
+    placement: Placement = "pre"
+    """pre: before each sublayer; post: after each sum, as in 2017; output, parallel: see models/block.py."""
 
     def problems(self) -> list[str]:
         return [] if self.eps > 0 else [f"eps={self.eps}: it must be above 0"]
@@ -26,6 +27,10 @@ class RMSNorm:
     def build(self, width: int, tp: TensorParallel, *, partial: bool | None = None) -> nn.Module:
         """A norm over the last dimension. `partial`: see `TensorParallel.copied`."""
         return RMSNormLayer(width, self.eps, tp, partial)
+
+    def build_cut(self, width: int, tp: TensorParallel) -> nn.Module:
+        """A norm over a dimension of `width` that is cut over the tensor-parallel ranks."""
+        return CutRMSNorm(width, self.eps, tp)
 
     @classmethod
     def examples(cls) -> list["RMSNorm"]:
@@ -35,18 +40,43 @@ class RMSNorm:
 class RMSNormLayer(nn.Module):
     """[..., d] -> [..., d]."""
 
+    start = 1.0
+
     def __init__(self, width: int, eps: float, tp: TensorParallel, partial: bool | None):
         super().__init__()
         self.eps = eps
-        self.weight = parameter(tp.copied((width,), constant(1.0), partial=partial))
+        self.weight = parameter(tp.copied((width,), constant(self.start), partial=partial))
+
+    def gain(self) -> Tensor:
+        """By what each channel is multiplied."""
+        return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return _FusedOnCPU.apply(x, self.weight, self.eps)
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+            return _FusedOnCPU.apply(x, self.gain(), self.eps)
+        return F.rms_norm(x, x.shape[-1:], self.gain().to(x.dtype), self.eps)
 
     def reference(self, x: Tensor) -> Tensor:
         """The paper's equation 4, in float64."""
+        y = x.double()
+        return y / torch.sqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight.double()
+
+
+class CutRMSNorm(nn.Module):
+    """[..., d / size] -> the same: each rank holds some channels, and the mean square is that of all of them."""
+
+    def __init__(self, width: int, eps: float, tp: TensorParallel):
+        super().__init__()
+        self.width, self.eps, self.axis = width, eps, tp.axis
+        self.weight = parameter(tp.cut((width,), constant(1.0), 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        total = collectives.total(y.square().sum(-1, keepdim=True), self.axis)
+        return (y * torch.rsqrt(total / self.width + self.eps) * self.weight.float()).to(x.dtype)
+
+    def reference(self, x: Tensor) -> Tensor:
+        """The paper's equation 4, in float64, on one rank."""
         y = x.double()
         return y / torch.sqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight.double()
 

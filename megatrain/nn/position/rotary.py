@@ -19,22 +19,36 @@ from megatrain.parallel.tensor import TensorParallel
 class Rotary:
     theta: float = 10_000.0
     """Base of the geometric series of wavelengths."""
+    share: float = 1.0
+    """Share of each head's channels that turn, the first ones (Black et al. 2022, arXiv:2204.06745, section 2.1)."""
 
     def problems(self) -> list[str]:
-        return [] if self.theta > 1 else [f"theta={self.theta}: it must be above 1"]
+        found = [] if self.theta > 1 else [f"theta={self.theta}: it must be above 1"]
+        if not 0 < self.share <= 1:
+            found.append(f"share={self.share}: it is a share of each head, above 0 and at most 1")
+        return found
+
+    def width(self, head_dim: int) -> int:
+        """Channels of a head that turn."""
+        return int(head_dim * self.share)
 
     def unsupported_reasons(self, head_dim: int) -> list[str]:
-        return [f"rotary positions turn pairs, and head_dim={head_dim} is odd"] if head_dim % 2 else []
+        if self.share == 1 and head_dim % 2:
+            return [f"rotary positions turn pairs, and head_dim={head_dim} is odd"]
+        if (width := self.width(head_dim)) % 2 or not width:
+            return [f"rotary positions turn pairs, and share={self.share} of head_dim={head_dim} is {width} channels"]
+        return []
 
     def build(self, d_model: int, seq_len: int, tp: TensorParallel) -> None:
         """Nothing is added to the embedded tokens."""
 
     def prepare(self, positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, each float32 [b, t, 1, head_dim/2].
+        """Cosines and sines, each float32 [b, t, 1, width / 2].
 
         Angles are float64: at a million tokens float32 knows them to a few hundredths of a radian only.
         """
-        exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
+        width = self.width(head_dim)
+        exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float64) / width
         angles = positions[..., None, None] * self.theta**-exponents
         return angles.cos().float(), angles.sin().float()
 
@@ -46,7 +60,12 @@ class Rotary:
         return _Turn.apply(x, *tables, n)
 
     def reference(self, x: Tensor, positions: Tensor) -> Tensor:
-        """The paper's equation 34 on complex numbers, in float64: x [b, t, heads, head_dim]."""
+        """x [b, t, heads, head_dim] in float64: some channels turned, the others as they are."""
+        width = self.width(x.shape[-1])
+        return torch.cat([self.wholly_turned(x[..., :width], positions), x[..., width:].double()], -1)
+
+    def wholly_turned(self, x: Tensor, positions: Tensor) -> Tensor:
+        """The paper's equation 34 on complex numbers, in float64: x [b, t, heads, width]."""
         half = x.shape[-1] // 2
         pairs = torch.complex(x[..., :half].double(), x[..., half:].double())
         rates = self.theta ** -(torch.arange(half, dtype=torch.float64) / half)
@@ -55,12 +74,15 @@ class Rotary:
 
     @classmethod
     def examples(cls) -> list["Rotary"]:
-        return [cls(), cls(theta=500_000.0)]
+        return [cls(), cls(theta=500_000.0), cls(share=0.5)]
 
 
 def _plainly_turned(x: Tensor, cos: Tensor, sin: Tensor, n: int) -> Tensor:
-    real, imaginary = x[:, :, :n].chunk(2, -1)
+    width = 2 * cos.shape[-1]
+    real, imaginary = x[:, :, :n, :width].chunk(2, -1)
     turned = torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], -1).to(x.dtype)
+    if width < x.shape[-1]:
+        turned = torch.cat([turned, x[:, :, :n, width:]], -1)
     return turned if n == x.shape[2] else torch.cat([turned, x[:, :, n:]], 2)
 
 
@@ -83,7 +105,8 @@ class _Turn(torch.autograd.Function):
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, n: int, into: Tensor) -> Tensor:
     """Write the first `n` heads turned, and the others as they are, into `into`; sums are float32 at least."""
-    given, target = x[:, :, :n], into[:, :, :n]
+    width = 2 * cos.shape[-1]
+    given, target = x[:, :, :n, :width], into[:, :, :n, :width]
     turned = target if torch.result_type(x, cos) == x.dtype else torch.empty_like(given, dtype=cos.dtype)
     torch.mul(given, torch.cat([cos, cos], -1), out=turned)
     (real, imaginary), (left, right) = given.chunk(2, -1), turned.chunk(2, -1)
@@ -91,6 +114,8 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, n: int, into: Tensor) -> Tensor:
     right.addcmul_(real, sin)
     if turned is not target:
         target.copy_(turned)
+    if width < x.shape[3]:
+        into[:, :, :n, width:].copy_(x[:, :, :n, width:])
     if n < x.shape[2]:
         into[:, :, n:].copy_(x[:, :, n:])
     return into

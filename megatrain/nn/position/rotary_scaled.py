@@ -36,7 +36,7 @@ class Stretched(Rotary):
         return found
 
     def share_kept(self, rates: Tensor) -> Tensor:
-        """How much of its own rate each pair keeps, the rest being slowed down: in [0, 1], as float64 [head_dim/2].
+        """How much of its own rate each pair keeps, the rest being slowed down: in [0, 1], as float64 [width / 2].
 
         Args:
             rates: radians a token, as without stretching.
@@ -49,16 +49,17 @@ class Stretched(Rotary):
         return 1.0
 
     def prepare(self, positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, each float32 [b, t, 1, head_dim/2]."""
-        exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
+        """Cosines and sines, each float32 [b, t, 1, width / 2]."""
+        width = self.width(head_dim)
+        exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float64) / width
         rates = self.theta**-exponents
         kept = self.share_kept(rates)
         rates = kept * rates + (1 - kept) * rates / self.factor
         angles = positions[..., None, None] * rates
         return (angles.cos() * self.amplitude).float(), (angles.sin() * self.amplitude).float()
 
-    def reference(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Pair by pair on complex numbers, in float64: x [b, t, heads, head_dim]."""
+    def wholly_turned(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Pair by pair on complex numbers, in float64: x [b, t, heads, width]."""
         half = x.shape[-1] // 2
         turned = torch.empty_like(x, dtype=torch.float64)
         for pair in range(half):
@@ -68,7 +69,7 @@ class Stretched(Rotary):
             turned[..., pair], turned[..., pair + half] = z.real, z.imag
         return turned
 
-    def stretched_rate(self, rate: float, pair: int, head_dim: int) -> float:
+    def stretched_rate(self, rate: float, pair: int, width: int) -> float:
         """The slow twin of `share_kept`: the rate of one pair in radians a token, as the paper defines it."""
         return rate / self.factor
 
@@ -80,7 +81,7 @@ class RotaryLinear(Stretched):
 
     @classmethod
     def examples(cls) -> list[Any]:
-        return [cls(factor=1.0), cls(factor=4.0)]
+        return [cls(factor=1.0), cls(factor=4.0, share=0.5)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,7 @@ class RotaryLlama3(StretchedFrom):
         turns = self.original_seq_len * rates / (2 * math.pi)
         return ((turns - self.few_turns) / (self.many_turns - self.few_turns)).clamp(0, 1)
 
-    def stretched_rate(self, rate: float, pair: int, head_dim: int) -> float:
+    def stretched_rate(self, rate: float, pair: int, width: int) -> float:
         wavelength = 2 * math.pi / rate
         if wavelength < self.original_seq_len / self.many_turns:
             return rate
@@ -156,18 +157,18 @@ class RotaryYarn(StretchedFrom):
     def amplitude(self) -> float:
         return 1 + math.log(self.factor) / 10 if self.attention_factor is None else self.attention_factor
 
-    def bounds(self, head_dim: int) -> tuple[int, int]:
+    def bounds(self, width: int) -> tuple[int, int]:
         """The first pair that is slowed down at all, and the first that is wholly."""
-        first, last = self._pair_of(self.many_turns, head_dim), self._pair_of(self.few_turns, head_dim)
-        return max(math.floor(first), 0), min(math.ceil(last), head_dim - 1)
+        first, last = self._pair_of(self.many_turns, width), self._pair_of(self.few_turns, width)
+        return max(math.floor(first), 0), min(math.ceil(last), width - 1)
 
     def share_kept(self, rates: Tensor) -> Tensor:
         first, last = self.bounds(2 * len(rates))
         pairs = torch.arange(len(rates), device=rates.device, dtype=torch.float64)
         return 1 - ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)
 
-    def stretched_rate(self, rate: float, pair: int, head_dim: int) -> float:
-        first, last = self.bounds(head_dim)
+    def stretched_rate(self, rate: float, pair: int, width: int) -> float:
+        first, last = self.bounds(width)
         if pair <= first:
             return rate
         if pair >= last:
@@ -175,9 +176,9 @@ class RotaryYarn(StretchedFrom):
         slowed = (pair - first) / (last - first)
         return slowed * rate / self.factor + (1 - slowed) * rate
 
-    def _pair_of(self, turns: float, head_dim: int) -> float:
+    def _pair_of(self, turns: float, width: int) -> float:
         """The index, a fraction, of the pair that turns this often within the first length."""
-        return head_dim * math.log(self.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+        return width * math.log(self.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
 
     @classmethod
     def examples(cls) -> list[Any]:
