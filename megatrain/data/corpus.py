@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from megatrain.base.errors import DataError
 from megatrain.data.cache import Cache
+from megatrain.data.hedge import Hedged
 from megatrain.data.order import permutation
 from megatrain.data.remote import RemoteShard
 from megatrain.data.shards import MANIFEST, Manifest, Shard, ShardEntry, TokenizerEntry, check_paths
@@ -105,7 +106,7 @@ class Corpus:
 
     def __init__(self, address: str, split: str, seed: int, cache: Cache | None = None, allow_pipe: bool = False):
         self.name, self.seed = redacted(address), seed
-        store = open_store(address, allow_pipe) if is_remote(address) else None
+        store = Hedged(open_store(address, allow_pipe)) if is_remote(address) else None
         self.manifest = Manifest.read(Path(address)) if store is None else _remote_manifest(store)
         self._store, self._address = store, address
         self.fingerprint = self.manifest.fingerprint

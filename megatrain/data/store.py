@@ -6,6 +6,7 @@ shown of an address never holds a password or a token.
 
 import http.client
 import ipaddress
+import re
 import shlex
 import socket
 import subprocess
@@ -75,6 +76,11 @@ def problems(address: str, allow_pipe: bool) -> list[str]:
     if "://" in address and scheme not in ("http", "https", *OBJECT_STORES):
         allowed = ", ".join(["http", "https", *OBJECT_STORES])
         return [f"{redacted(address)} has scheme {scheme}: allowed are {allowed}, and plain paths"]
+    if scheme in OBJECT_STORES and "@" in urlsplit(address).netloc:
+        return [
+            f"{redacted(address)} has a user or password, which object stores do not take in an address: leave it out "
+            "and give credentials in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile)"
+        ]
     return []
 
 
@@ -234,31 +240,53 @@ def _credentials(address: SplitResult) -> dict[str, str]:
 
 
 class ObjectStore:
-    """A prefix in an object store, through fsspec."""
+    """A prefix in an object store, through fsspec. Credentials come from where the store's own tools look for them."""
 
     ranged = True
 
-    def __init__(self, address: str, **options: Any):
+    def __init__(self, address: str, read_timeout: float = 20.0, **options: Any):
         import fsspec
 
-        self.name = redacted(address).rstrip("/")
+        self.name, self.read_timeout = redacted(address).rstrip("/"), read_timeout
         scheme = urlsplit(address).scheme
         package = optional(OBJECT_STORES.get(scheme, "fsspec"))
         if not package:
             raise DataError(
                 f"{self.name} needs {package.name}, which is not usable here: {package.why_not}; install it"
             )
+        if scheme == "s3":  # `fetch` asks again, and says so; a client that does so too multiplies the waiting
+            options = {"config_kwargs": {"read_timeout": read_timeout, "retries": {"max_attempts": 0}}} | options
         self._files, self._root = fsspec.core.url_to_fs(self.name, **options)
+        if hasattr(self._files, "retries"):
+            self._files.retries = 1
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
         try:
-            return self._files.cat_file(f"{self._root}/{path}", start=start, end=stop)
+            return self._read(f"{self._root}/{path}", start if start or stop is not None else None, stop)
         except (FileNotFoundError, PermissionError) as error:
             raise DataError(
                 f"{self.name}/{path}: {type(error).__name__}: check the address and the access rights"
             ) from None
         except Exception as error:  # each backend has errors of its own; a lasting one ends when patience does
-            raise TransientError(f"{type(error).__name__}: {error}") from None
+            if "Credentials" in type(error).__name__:
+                raise DataError(
+                    f"{self.name}: {error}: give them as the store's own tools take them (AWS_ACCESS_KEY_ID and "
+                    "AWS_SECRET_ACCESS_KEY, or a profile)"
+                ) from None
+            raise TransientError(f"{type(error).__name__}: {_without_queries(str(error))}") from None
+
+    def _read(self, path: str, start: int | None, stop: int | None) -> bytes:
+        from fsspec.asyn import AsyncFileSystem, sync
+
+        if isinstance(self._files, AsyncFileSystem):  # a deadline for the whole answer, since a server may drip
+            ask = self._files._cat_file
+            return sync(self._files.loop, ask, path, start=start, end=stop, timeout=2 * self.read_timeout)
+        return self._files.cat_file(path, start=start, end=stop)
+
+
+def _without_queries(text: str) -> str:
+    """An error's words without the queries of addresses in them, where signatures stand."""
+    return re.sub(r"\?[^\s'\"]*", "", text)
 
 
 class PipeStore:

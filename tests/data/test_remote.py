@@ -22,7 +22,7 @@ from megatrain.data.feed import Feed
 from megatrain.data.shards import Manifest
 from megatrain.data.store import ObjectStore, PipeStore, WebStore, append, fetch, open_store, redacted
 from tests.data.corpora import documents, write
-from tests.data.servers import FAULTS, Server, answers_503
+from tests.servers import FAULTS, Server, answers_503
 
 
 @pytest.fixture(scope="module")

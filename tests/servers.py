@@ -1,13 +1,13 @@
-"""A real HTTP server of a folder that misbehaves on request."""
+"""Real servers that misbehave on request: HTTP of a folder, and an object store that speaks S3."""
 
 import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Self
+from typing import Any, ClassVar, Self
 
 Fault = Callable[["Handler", bytes, int], bool]
 """Called with the handler, the body it would send and the number of the request; True if it has answered itself."""
@@ -114,3 +114,87 @@ def stalls(handler: Handler, body: bytes, number: int) -> bool:
 
 
 FAULTS = [answers_503, hangs_up, sends_half, stalls]
+
+
+# ------------------------------------------------------------------------------------------------ an object store
+
+ObjectFault = Callable[[str, int], str | None]
+"""Called with the path of a GET and its number among them; "500", "short", "stall", or None for a sound answer."""
+
+
+class ObjectServer:
+    """S3 in memory (moto's server), with an address for `AWS_ENDPOINT_URL`.
+
+    with ObjectServer() as server:
+        server.upload(folder, "bucket", "prefix")     # then read s3://bucket/prefix
+        server.fault = lambda path, number: "500" if number % 2 else None
+    """
+
+    credentials: ClassVar[dict[str, str]] = {
+        "AWS_ACCESS_KEY_ID": "key-of-tests",
+        "AWS_SECRET_ACCESS_KEY": "secret-of-tests",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+
+    def __init__(self) -> None:
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+        from werkzeug.serving import WSGIRequestHandler, make_server
+
+        class Quiet(WSGIRequestHandler):
+            def log(self, *_: object) -> None: ...
+
+        self.fault: ObjectFault | None = None
+        self.gets: list[str] = []
+        """Paths of all GETs so far."""
+        self._app = DomainDispatcherApplication(create_backend_app)
+        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=Quiet)
+        self._server.daemon_threads = True
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a client needs to find the server and be let in."""
+        return {"AWS_ENDPOINT_URL": self.address, **self.credentials}
+
+    def upload(self, folder: Path, bucket: str, prefix: str) -> str:
+        """Put all files of `folder` under a prefix of a new bucket; returns its address."""
+        import boto3
+
+        names = {name.lower(): value for name, value in self.credentials.items()}
+        region = names.pop("aws_default_region")
+        client = boto3.client("s3", endpoint_url=self.address, region_name=region, **names)
+        client.create_bucket(Bucket=bucket)
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                client.put_object(Bucket=bucket, Key=f"{prefix}/{path.relative_to(folder)}", Body=path.read_bytes())
+        return f"s3://{bucket}/{prefix}"
+
+    def _answer(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        if environ["REQUEST_METHOD"] != "GET":
+            return self._app(environ, start)
+        number = len(self.gets)
+        self.gets.append(environ["PATH_INFO"])
+        fault = self.fault(environ["PATH_INFO"], number) if self.fault is not None else None
+        if fault == "500":
+            start("500 Internal Server Error", [("Content-Length", "0")])
+            return []
+        body = self._app(environ, start)
+        return body if fault is None else _half(b"".join(body), stall=fault == "stall")
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def _half(body: bytes, stall: bool) -> Iterator[bytes]:
+    """Half of what the headers promise, and then the end, or silence that outlasts the client's patience."""
+    yield body[: len(body) // 2]
+    if stall:
+        time.sleep(1.0)
