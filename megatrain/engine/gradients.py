@@ -1,12 +1,13 @@
 """Where gradients are accumulated, and how they are summed over ranks: float32 throughout."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatrain.parallel.mesh import Axis
+from megatrain.parallel.shard import Shard, shard_of
 
 BUCKET_ELEMENTS = 2**24
 """Elements that are reduced at a time: 64 MiB, enough to hide the latency of a collective."""
@@ -62,12 +63,33 @@ def _buffer(parameters: list[nn.Parameter]) -> Tensor:
     return flat
 
 
-def sum_partial(parameters: Sequence[nn.Parameter], tp: Axis) -> None:
-    """Sum over tensor-parallel ranks the gradients of which each has a part (copies under sequence parallelism).
+def sum_partial(held: Iterable[tuple[Shard, Tensor, int]], tp: Axis) -> None:
+    """Sum over tensor-parallel ranks, in place, the gradients of which each has a part.
 
-    They are few and small (norm gains, biases), so one collective carries them all.
+    Those are copies under sequence parallelism (norm gains, biases), which all ranks hold and one collective carries,
+    and the weights of key and value heads that some neighbours hold where there are fewer heads than ranks.
+
+    Args:
+        held: of each parameter its shard, a flat range of its gradient, and where that range begins.
     """
-    sum_over([p.grad for p in parameters if p.grad is not None], tp)
+    pieces: dict[int, list[Tensor]] = {}  # by the number of ranks that share them
+    for shard, flat, start in held:
+        if not shard.partial:
+            continue
+        for piece in shard.boxes(start, flat.numel()):
+            sharers = tp.size if shard.summed_over_tp else piece.shared
+            if sharers > 1:
+                pieces.setdefault(sharers, []).append(flat.narrow(0, piece.offset, piece.box.numel))
+    for sharers, shared in sorted(pieces.items()):
+        if sharers == tp.size:
+            sum_over(shared, tp)
+        else:
+            _sum_over_neighbours(shared, tp, sharers)
+
+
+def gradients_of(parameters: Iterable[nn.Parameter]) -> Iterator[tuple[Shard, Tensor, int]]:
+    """What `sum_partial` takes, of parameters whose whole gradient is here."""
+    return ((shard_of(p), p.grad.view(-1), 0) for p in parameters if p.grad is not None)
 
 
 def sum_over(gradients: Sequence[Tensor], axis: Axis) -> None:
@@ -77,4 +99,20 @@ def sum_over(gradients: Sequence[Tensor], axis: Axis) -> None:
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat, group=axis.group)
     for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        g.copy_(part.view_as(g))
+
+
+def _sum_over_neighbours(gradients: Sequence[Tensor], axis: Axis, n: int) -> None:
+    """The same over every `n` neighbouring ranks of `axis`: the same bits on each of them.
+
+    Each sends to its neighbours only, and all add up in the order of ranks; so no group of its own is needed.
+    """
+    flat = torch.cat([g.flatten() for g in gradients])
+    first = axis.rank // n * n
+    lengths = [len(flat) if first <= rank < first + n else 0 for rank in range(axis.size)]
+    sent = flat.repeat(n)
+    parts = torch.empty_like(sent)
+    dist.all_to_all_single(parts, sent, lengths, lengths, group=axis.group)
+    total = parts.view(n, -1).sum(0)
+    for g, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
         g.copy_(part.view_as(g))

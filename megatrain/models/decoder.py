@@ -119,6 +119,14 @@ class Decoder:
                 f"model.n_kv_heads={self.kv_heads} can be neither split over tp={tp} nor held by equally many of its "
                 f"ranks: pick tp from {fits}, or change model.n_kv_heads"
             )
+        elif (
+            self.kv_heads % tp and self.attention.qk_norm and getattr(self.attention, "qk_norm_over", "head") == "width"
+        ):
+            found.append(
+                f"model.n_kv_heads={self.kv_heads} under tp={tp} puts a head on several ranks, which a norm over all "
+                f"heads would count more than once: pick tp from {divisors(self.kv_heads)}, or set "
+                "attention.qk_norm_over=head"
+            )
         if not found and cp > 1:
             for name, n in {"n_heads": self.n_heads, "n_kv_heads": self.kv_heads}.items():
                 if (n // tp) % cp:

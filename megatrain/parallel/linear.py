@@ -26,6 +26,7 @@ class ColumnParallelLinear(nn.Module):
 
     Args:
         pieces: widths of outputs that are fused into this one product (q, k, v; gate, up); each is cut for itself.
+        shared: for each piece, how many neighbouring ranks hold the same share of it; 1 by default.
     """
 
     def __init__(
@@ -36,13 +37,14 @@ class ColumnParallelLinear(nn.Module):
         *,
         init: Init,
         pieces: tuple[int, ...] | None = None,
+        shared: tuple[int, ...] | None = None,
         bias: bool = False,
         product: Product = linear,
     ):
         super().__init__()
         self.tp, self.product = tp, product
-        self.weight = parameter(tp.cut((d_out, d_in), init, 0, pieces))
-        self.bias = parameter(tp.cut((d_out,), constant(0.0), 0, pieces)) if bias else None
+        self.weight = parameter(tp.cut((d_out, d_in), init, 0, pieces, shared))
+        self.bias = parameter(tp.cut((d_out,), constant(0.0), 0, pieces, shared)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(self.tp.enter(x), self.weight, self.bias)

@@ -7,7 +7,7 @@ is then one or more blocks of columns, and a flat range of it a few rectangles (
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ class Part:
     stop: int
     counted: bool = True
     """This rank is the one that saves these values and counts them in a norm (others may hold copies)."""
+    shared: int = 1
+    """So many neighbouring tensor-parallel ranks hold these values, each with a partial sum of their gradient."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Shard:
     """Ranges of `dim` held here, in local order."""
     summed_over_tp: bool = False
     """Its gradient is a partial sum on each tensor-parallel rank (a copy under sequence parallelism)."""
+
+    @property
+    def partial(self) -> bool:
+        """The gradient of some of it must be summed over tensor-parallel ranks."""
+        return self.summed_over_tp or any(part.shared > 1 for part in self.parts)
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -66,23 +73,23 @@ class Shard:
         They come in flat order, and each is contiguous in the local tensor.
         """
         inner = math.prod(self.full_shape[self.dim + 1 :])
-        blocks, left = [], 0  # (first local column, first full column, width, counted)
+        blocks, left = [], 0  # (first local column, first full column, width, part)
         for part in self.parts:
             width = (part.stop - part.start) * inner
-            blocks.append((left, part.start * inner, width, part.counted))
+            blocks.append((left, part.start * inner, width, part))
             left += width
         local_width, n_rows = left, math.prod(self.full_shape[: self.dim])
         stop = n_rows * local_width if numel is None else start + numel
         at = start
         while at < stop:
             row, column = divmod(at, local_width)
-            local_left, full_left, width, counted = next(b for b in blocks if b[0] <= column < b[0] + b[2])
+            local_left, full_left, width, part = next(b for b in blocks if b[0] <= column < b[0] + b[2])
             if len(blocks) == 1 and column == 0 and stop - at >= width:
                 box = Box(row, (stop - at) // width, full_left, width)
             else:
                 begin = column - local_left
                 box = Box(row, 1, full_left + begin, min(width - begin, stop - at))
-            yield LocalBox(box, at - start, counted)
+            yield LocalBox(box, at - start, part.counted, part.shared)
             at += box.numel
 
 
@@ -102,11 +109,12 @@ class Box:
 
 @dataclass(frozen=True)
 class LocalBox:
-    """A box, where it begins in the flat local range that was asked about, and whether this rank counts it."""
+    """A box, where it begins in the flat local range that was asked about, and what its `Part` says of it."""
 
     box: Box
     offset: int
     counted: bool
+    shared: int
 
 
 @dataclass(frozen=True)
@@ -172,8 +180,3 @@ def initialise(model: nn.Module, seed: int) -> None:
     for name, p in model.named_parameters():
         shard = shard_of(p)
         p.copy_(shard.cut(shard.init(shard.full_shape, generator(seed, name))))
-
-
-def summed_over_tp(named: Iterable[tuple[str, Shard]]) -> list[str]:
-    """Names whose gradients must be summed over tensor-parallel ranks."""
-    return [name for name, shard in named if shard.summed_over_tp]

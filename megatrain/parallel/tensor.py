@@ -47,16 +47,28 @@ class TensorParallel:
         summed = self.cuts_sequence if partial is None else partial and self.size > 1
         return Shard(shape, init, parts=(Part(0, shape[0], counted=self.axis.rank == 0),), summed_over_tp=summed)
 
-    def cut(self, shape: tuple[int, ...], init: Init, dim: int, pieces: tuple[int, ...] | None = None) -> Shard:
+    def cut(
+        self,
+        shape: tuple[int, ...],
+        init: Init,
+        dim: int,
+        pieces: tuple[int, ...] | None = None,
+        shared: tuple[int, ...] | None = None,
+    ) -> Shard:
         """A parameter cut along `dim`, which is made of `pieces` (q, k, v for example), each cut for itself.
+
+        Args:
+            shared: for each piece, how many neighbouring ranks hold the same share of it; 1 by default.
 
         Raises:
             LayoutError: a piece does not divide over the ranks.
         """
+        pieces = pieces or (shape[dim],)
         parts, begin = [], 0
-        for width in pieces or (shape[dim],):
-            start, stop = self.axis.part(width, f"dimension {dim} of a weight of shape {shape}: piece")
-            parts.append(Part(begin + start, begin + stop))
+        for width, n in zip(pieces, shared or (1,) * len(pieces), strict=True):
+            sharers = Axis(self.axis.name, self.size // n, self.axis.rank // n)
+            start, stop = sharers.part(width, f"dimension {dim} of a weight of shape {shape}: piece")
+            parts.append(Part(begin + start, begin + stop, counted=self.axis.rank % n == 0, shared=n))
             begin += width
         return Shard(shape, init, dim, tuple(parts))
 

@@ -71,9 +71,12 @@ def test_what_can_be_built_has_no_problems():
 
 def test_a_layout_that_cuts_heads_is_refused_with_what_would_do():
     assert choice().layout_problems(2) == []
-    assert choice().layout_problems(4) == [
-        "model.n_kv_heads=2 cannot be split over tp=4: pick tp from [1, 2], or change model.n_kv_heads"
+    assert choice().layout_problems(4) == []  # two ranks hold each of the two key-value heads
+    assert choice(n_heads=12, n_kv_heads=4, head_dim=8).layout_problems(6) == [
+        "model.n_kv_heads=4 can be neither split over tp=6 nor held by equally many of its ranks: pick tp from "
+        "[1, 2, 4, 12], or change model.n_kv_heads"
     ]
+    assert "qk_norm_over=head" in choice(attention=Causal(qk_norm=True, qk_norm_over="width")).layout_problems(4)[0]
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused():

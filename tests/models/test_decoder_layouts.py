@@ -137,7 +137,11 @@ def sizes_of(p: Tensor) -> list[int]:
 
 @pytest.mark.parametrize(
     ("n", "names"),
-    [(2, [n for n in CHOICES if n != "shared_kv_heads"]), (3, ["padded", "gpt", "one_kv_head"]), (4, ["shared_kv_heads"])],
+    [
+        (2, [n for n in CHOICES if n != "shared_kv_heads"]),
+        (3, ["padded", "gpt", "one_kv_head"]),
+        (4, ["shared_kv_heads"]),
+    ],
     ids=["tp2", "tp3", "tp4"],
 )
 def test_a_cut_decoder_gives_the_loss_gradients_and_norm_of_the_whole_one(n, names):

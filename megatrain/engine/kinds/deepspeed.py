@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from megatrain.base.device import Device
 from megatrain.base.errors import ConfigError
 from megatrain.engine.api import ENGINE, Engine, EngineCase, Parts, StepReport
-from megatrain.engine.gradients import Gradients, sum_partial
+from megatrain.engine.gradients import Gradients, gradients_of, sum_partial
 from megatrain.engine.groups import connected
 from megatrain.engine.kinds.plain import PlainEngine
 from megatrain.engine.passes import Passes, mean, summed
@@ -33,7 +33,7 @@ from megatrain.nn.batch import Batch
 from megatrain.optim.norm import clip_divisor, global_norm, not_finite, squared_norm
 from megatrain.optim.optimizer import guarded, set_lr, set_step_count, step_count
 from megatrain.parallel.mesh import ALONE, Mesh
-from megatrain.parallel.shard import Shard, Slice, shards, slices_of
+from megatrain.parallel.shard import Shard, Slice, shard_of, shards, slices_of
 
 BUCKET_ELEMENTS = 2**26
 """Most elements that DeepSpeed reduces or gathers at a time."""
@@ -160,7 +160,7 @@ class AllReduceEngine(PlainEngine):
 
     def _gradients_of(self, batch: Batch, tokens: Tensor) -> Tensor:
         loss_sum = self.passes.forward_backward(batch, tokens / self.data.size)  # DeepSpeed averages over the ranks
-        sum_partial(self.partial, self.tp)
+        sum_partial(gradients_of(self.partial), self.tp)
         self.gradients.reduce()
         self.engine.allreduce_gradients()
         return loss_sum
@@ -209,8 +209,8 @@ class ZeroEngine:
         self.data, self.tp, self.pp = (mesh.axis(name) for name in ("data", "tp", "pp"))
         self.named = dict(self.model.named_parameters())
         self.shards = shards(self.model)
-        refuse(self.named, self.shards, parts)
-        self.partial = [p for name, p in self.named.items() if self.shards[name].summed_over_tp]
+        refuse(self.named, parts)
+        self.partial = [p for name, p in self.named.items() if self.shards[name].partial]
         self.bf16 = parts.precision.parameters == "bf16"
         exact = {name: p.detach().clone() for name, p in self.named.items()} if self.bf16 else {}
         passes = Passes(self.model, self.data, parts.micro_batch, self.device, parts.precision.autocast)
@@ -252,7 +252,7 @@ class ZeroEngine:
         if self.stage == 1:
             with self.engine.coalesce_grad_reduction():
                 loss_sum = self.passes.forward_backward(batch, divisor)
-                sum_partial(self.partial, self.tp)
+                sum_partial(gradients_of(self.partial), self.tp)
             return loss_sum
 
         def backward(loss: Tensor, last: bool) -> None:
@@ -264,12 +264,17 @@ class ZeroEngine:
     def _sum_partial_in_backward(self) -> None:
         """Partial gradients must be summed over tp before DeepSpeed takes them away, which it does during backward."""
 
-        def sum_over_tp(gradient: Tensor) -> Tensor:
-            return summed(gradient.float(), self.tp).to(gradient.dtype)
+        def hook_of(shard: Shard) -> Callable[[Tensor], Tensor]:
+            def sum_over_tp(gradient: Tensor) -> Tensor:
+                total = gradient.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+                sum_partial([(shard, total.view(-1), 0)], self.tp)
+                return total.to(gradient.dtype)
+
+            return sum_over_tp
 
         for p in self.partial:
             if self.tp.size > 1:
-                p.register_hook(sum_over_tp)
+                p.register_hook(hook_of(shard_of(p)))
 
     def _counted_and_copies(self) -> tuple[list[Tensor], list[Tensor]]:
         """This rank's partition of the gradient: what it counts, and what another tensor-parallel rank counts."""
@@ -282,8 +287,9 @@ class ZeroEngine:
         counted: list[Tensor] = []
         copies: list[Tensor] = []
         for held in self._held():
-            into = counted if all(part.counted for part in self.shards[held.name].parts) else copies
-            into.append(found[held.group, held.at].flatten()[: held.master.numel()])
+            flat = found[held.group, held.at].flatten()[: held.master.numel()]
+            for piece in self.shards[held.name].boxes(held.start, flat.numel()):
+                (counted if piece.counted else copies).append(flat.narrow(0, piece.offset, piece.box.numel))
         return counted, copies
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -358,19 +364,13 @@ class ZeroEngine:
         self.engine.destroy()
 
 
-def refuse(named: dict[str, nn.Parameter], of: dict[str, Shard], parts: Parts) -> None:
+def refuse(named: dict[str, nn.Parameter], parts: Parts) -> None:
     """Raise ConfigError for what ZeRO cannot do right."""
     problems = parts.optimizer.unmatched(named)
     if frozen := [name for name, p in named.items() if not p.requires_grad]:
         problems.append(
             f"parameters that are not trained ({', '.join(frozen[:3])}) have no place in DeepSpeed's partitions: "
             "set layout.engine=plain"
-        )
-    mixed = [name for name, shard in of.items() if len({part.counted for part in shard.parts}) > 1]
-    if mixed:
-        problems.append(
-            f"parameters of which ranks hold copies of some rows only ({', '.join(mixed[:3])}) would be counted "
-            "wrongly in the norm under ZeRO: set layout.engine=plain, or a smaller tp"
         )
     if problems:
         raise ConfigError(problems)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from megatrain.base.errors import ConfigError
 from megatrain.engine.api import ENGINE, Engine, EngineCase, Parts, StepReport
-from megatrain.engine.gradients import sum_over
+from megatrain.engine.gradients import sum_partial
 from megatrain.engine.groups import connected
 from megatrain.engine.passes import Passes, mean, summed
 from megatrain.nn.batch import Batch
@@ -107,7 +107,7 @@ class Fsdp2Engine:
         trained = [h for h in self.held.values() if h.parameter.requires_grad]
         for h in trained:
             h.master.grad = h.gradient
-        sum_over([h.master.grad for h in trained if h.shard.summed_over_tp and h.master.grad is not None], self.tp)
+        sum_partial(((h.shard, h.master.grad.view(-1), h.start) for h in trained if h.master.grad is not None), self.tp)
         counted: list[Tensor] = []
         copies: list[Tensor] = []
         for h in trained:

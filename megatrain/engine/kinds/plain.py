@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megatrain.base.errors import ConfigError
 from megatrain.engine.api import ENGINE, Engine, EngineCase, Parts, StepReport
-from megatrain.engine.gradients import Gradients, sum_partial
+from megatrain.engine.gradients import Gradients, gradients_of, sum_partial
 from megatrain.engine.passes import Passes, mean, summed
 from megatrain.nn.batch import Batch
 from megatrain.optim.norm import clip_divisor, counted_and_copies, global_norm, not_finite, squared_norm
@@ -41,13 +41,12 @@ class PlainEngine:
     def __init__(self, parts: Parts):
         self.parts, self.model, self.device = parts, parts.model, parts.device.torch
         self.data, self.tp, self.pp = (parts.mesh.axis(name) for name in ("data", "tp", "pp"))
-        self.model.to(self.device)
         self.shards = shards(self.model)
         self.named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if problems := parts.optimizer.unmatched(self.named):
             raise ConfigError(problems)
         self.masters = masters_of(self.model, self.named, parts.precision.parameters)
-        self.partial = [p for name, p in self.named.items() if self.shards[name].summed_over_tp]
+        self.partial = [p for name, p in self.named.items() if self.shards[name].partial]
         self.gradients = self._gradients()
         self.passes = Passes(self.model, self.data, parts.micro_batch, self.device, parts.precision.autocast)
         self.optimizer = parts.optimizer.build(self.masters)
@@ -79,7 +78,7 @@ class PlainEngine:
     def _gradients_of(self, batch: Batch, tokens: Tensor) -> Tensor:
         """Leave the gradient of the global mean loss in the parameters; return this rank's loss sum."""
         loss_sum = self.passes.forward_backward(batch, tokens)
-        sum_partial(self.partial, self.tp)
+        sum_partial(gradients_of(self.partial), self.tp)
         self.gradients.reduce()
         return loss_sum
 
