@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megatrain.models import MODEL
 from megatrain.models.block import BLOCKS
+from megatrain.models.stages import Costs, Span
 from megatrain.nn.attention import ATTENTION, AttentionCase
 from megatrain.nn.attention.causal import Causal
 from megatrain.nn.attention.layer import SelfAttention, residual_std
@@ -170,6 +171,8 @@ class Decoder:
         tp: TensorParallel = TensorParallel(),  # noqa: B008 (a frozen value)
         cp: Axis = ALONE,
         seed: int = 0,
+        span: Span | None = None,
+        first: "DecoderModel | None" = None,
     ) -> "DecoderModel":
         """The model with uninitialised parameters (see parallel.shard.initialise).
 
@@ -178,8 +181,16 @@ class Decoder:
             cp: ranks that hold other tokens of the same rows.
             seq_len: longest sequence, which learned positions must know.
             seed: what dropout is drawn from.
+            span: a pipeline stage of it only.
+            first: the first stage where this rank holds it, whose embedding a tied head of the last stage then shares.
         """
-        return DecoderModel(self, n_valid, seq_len, tp, cp, seed)
+        return DecoderModel(self, n_valid, seq_len, tp, cp, seed, span or Span(0, self.n_layers, self.n_layers), first)
+
+    def costs(self, n_valid: int, seq_len: int) -> Costs:
+        """FLOPs of a token by layer and of the head; looking up the embedding is free."""
+        head = 6.0 * self.d_model * n_valid
+        layers = self.flops_per_token(n_valid, seq_len).causal - head
+        return Costs((layers / self.n_layers,) * self.n_layers, after=head)
 
 
 class Head(nn.Module):
@@ -192,7 +203,7 @@ class Head(nn.Module):
         self.weight = parameter(shard) if tied is None else tied
         self.first = shard.parts[0].start
 
-    def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor, n_valid: int) -> Tensor:
+    def forward(self, hidden: Tensor, targets: Tensor, weights: Tensor, n_valid: int) -> Tensor:
         """Sum of weighted token losses of hidden [b, t or t / size, d]."""
         hidden = self.tp.enter(hidden).flatten(0, 1)
         return linear_cross_entropy(
@@ -207,22 +218,47 @@ class Head(nn.Module):
 
 
 class DecoderModel(nn.Module):
-    """A batch in, (loss sum, token count) out."""
+    """A batch in, (loss sum, token count) out; or the stage of it that has the layers of `span`.
 
-    def __init__(self, choice: Decoder, n_valid: int, seq_len: int, tp: TensorParallel, cp: Axis, seed: int):
+    A last stage with a tied head has the embedding's weight too, under the name that the first has it by: shared where
+    one rank holds both, else a copy that counts neither in the norm nor in a checkpoint.
+    """
+
+    embedding: VocabParallelEmbedding | None
+    norm: Any
+    head: Any
+
+    def __init__(
+        self,
+        choice: Decoder,
+        n_valid: int,
+        seq_len: int,
+        tp: TensorParallel,
+        cp: Axis,
+        seed: int,
+        span: Span,
+        first: "DecoderModel | None",
+    ):
         super().__init__()
         c = choice
-        self.choice, self.n_valid, self.tp, self.cp, self.seed = c, n_valid, tp, cp, seed
+        self.choice, self.n_valid, self.tp, self.cp, self.seed, self.span = c, n_valid, tp, cp, seed, span
         rows = n_valid if c.vocab_size is None else c.vocab_size
         out_std = residual_std(c.init_std, c.n_layers)
-        self.embedding = VocabParallelEmbedding(rows, c.d_model, tp, init=normal(c.init_std))
-        self.positions = c.position.build(c.d_model, seq_len, tp)
+        self.embedding = self.positions = self.norm = self.head = None
+        if first is not None and span.last and c.tie_embeddings:
+            self.embedding = first.embedding
+        elif span.first or (span.last and c.tie_embeddings):
+            init = normal(c.init_std)
+            self.embedding = VocabParallelEmbedding(rows, c.d_model, tp, init=init, counted=span.first)
+        if span.first:
+            self.positions = c.position.build(c.d_model, seq_len, tp)
         self.embedding_dropout = Dropout(c.dropout, "embedding")
-        self.layers = nn.ModuleDict({str(i): self._block(i, out_std) for i in range(c.n_layers)})
-        normalised = BLOCKS[c.norm.placement].ends_normalised
-        self.norm = nn.Identity() if normalised else c.norm.build(c.d_model, tp)
-        tied = self.embedding.weight if c.tie_embeddings else None
-        self.head = Head(rows, c.d_model, tp, c.init_std, tied)
+        self.layers = nn.ModuleDict({str(i): self._block(i, out_std) for i in range(span.start, span.stop)})
+        if span.last:
+            normalised = BLOCKS[c.norm.placement].ends_normalised
+            self.norm = nn.Identity() if normalised else c.norm.build(c.d_model, tp)
+            tied = self.embedding.weight if c.tie_embeddings and self.embedding is not None else None
+            self.head = Head(rows, c.d_model, tp, c.init_std, tied)
 
     def _block(self, i: int, out_std: float) -> nn.Module:
         c, tp, name = self.choice, self.tp, f"layers.{i}"
@@ -251,32 +287,48 @@ class DecoderModel(nn.Module):
 
     # --------------------------------------------------------------------------------- forward
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(sum of weighted token losses in nats, sum of weights), float32 scalars, the same on every tp rank."""
+    def forward(self, batch: Batch, hidden: Tensor | None = None) -> Any:
+        """(sum of weighted token losses in nats, sum of weights), float32 scalars, the same on every tp rank.
+
+        A stage that is not the last gives its hidden states, [b, t or t / size, d].
+
+        Args:
+            hidden: what the stage before gave; None where there is none.
+        """
         whole = Where(batch.positions, batch.documents, batch.packed)
         mask = self.choice.attention.prepare(whole)  # attention sees whole rows, whichever tokens this rank computes
         where = Where(batch.own(batch.positions), batch.own(batch.documents), batch.packed, mask)
         where.noise = self._noise(batch)
-        hidden = self.hidden(batch.own(batch.tokens), where)
+        hidden = self.hidden(batch.own(batch.tokens), where, hidden)
+        if not self.span.last:
+            return hidden
         weights = batch.own(batch.weights)
-        loss = self.head.loss(hidden, batch.own(batch.targets), weights, self.n_valid)
+        loss = self.head(hidden, batch.own(batch.targets), weights, self.n_valid)
         return loss, weights.sum()
 
-    def hidden(self, tokens: Tensor, where: Where) -> Tensor:
-        """tokens [b, t] -> hidden states after the last norm, [b, t or t / size, d]."""
+    def hidden(self, tokens: Tensor, where: Where, before: Tensor | None = None) -> Tensor:
+        """tokens [b, t] -> hidden states after the last norm (on the last stage), [b, t or t / size, d].
+
+        Args:
+            before: hidden states of the stage before, which take the tokens' place.
+        """
         c = self.choice
         where.tables = c.position.prepare(where.positions, c.width_of_head)
         if where.cache is None and where.mask is None:
             where.mask = c.attention.prepare(where)
-        x = self.embedding(tokens)
-        if c.scale_embeddings:
-            x = x * math.sqrt(c.d_model)
-        if self.positions is not None:
-            x = x + self.positions(where.positions)
-        x = self.embedding_dropout(x, where.noise)
+        x = self._embedded(tokens, where) if before is None else before
         for name, block in self.layers.items():
             x = block(x, where.within(f"layers.{name}"))
-        return self.norm(x)
+        return x if self.norm is None else self.norm(x)
+
+    def _embedded(self, tokens: Tensor, where: Where) -> Tensor:
+        assert self.embedding is not None
+        x = self.embedding(tokens)
+        if self.choice.scale_embeddings:
+            x = x * math.sqrt(self.choice.d_model)
+        if self.positions is not None:
+            x = x + self.positions(where.positions)
+        return self.embedding_dropout(x, where.noise)
 
     def logits(self, tokens: Tensor, where: Where, *, latest: int | None = None) -> Tensor:
         """tokens [b, t] -> float32 logits [b, t, n_valid], on one tensor-parallel rank.

@@ -7,18 +7,22 @@ from megatrain.parallel.shard import Init, Part, Shard, parameter
 from megatrain.parallel.tensor import TensorParallel
 
 
-def vocabulary_shard(vocab_size: int, d_model: int, tp: TensorParallel, init: Init) -> Shard:
+def vocabulary_shard(vocab_size: int, d_model: int, tp: TensorParallel, init: Init, *, counted: bool = True) -> Shard:
     """[v, d] cut over v. The vocabulary need not divide: some ranks hold one row more."""
-    return Shard((vocab_size, d_model), init, 0, (Part(*tp.rows(vocab_size)),))
+    return Shard((vocab_size, d_model), init, 0, (Part(*tp.rows(vocab_size), counted=counted),))
 
 
 class VocabParallelEmbedding(nn.Module):
-    """tokens [b, t] -> [b, t, d] (or [b, t / size, d] under sequence parallelism)."""
+    """tokens [b, t] -> [b, t, d] (or [b, t / size, d] under sequence parallelism).
 
-    def __init__(self, vocab_size: int, d_model: int, tp: TensorParallel, *, init: Init):
+    Args:
+        counted: another rank holds the same rows where it is False (see `parallel.shard.Part`).
+    """
+
+    def __init__(self, vocab_size: int, d_model: int, tp: TensorParallel, *, init: Init, counted: bool = True):
         super().__init__()
         self.tp = tp
-        self.weight = parameter(vocabulary_shard(vocab_size, d_model, tp, init))
+        self.weight = parameter(vocabulary_shard(vocab_size, d_model, tp, init, counted=counted))
         self.first, self.stop = tp.rows(vocab_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
