@@ -24,7 +24,8 @@ from megatrain.convert.check import TOLERANCE, Report, compare
 from megatrain.convert.deepspeed_zero import DeepSpeedFolder
 from megatrain.convert.families import FAMILY
 from megatrain.convert.folder import CONFIG, INDEX, SIDE_FILES, SINGLE, Folder
-from megatrain.convert.table import Row, Theirs, with_layers
+from megatrain.convert.mapping import family_for, rows_of, sizes_of
+from megatrain.convert.table import Row, Theirs
 from megatrain.data.tokenizer import Tokenizer
 
 REPORT = "conversion.json"
@@ -32,19 +33,6 @@ TOKENIZER = "tokenizer.json"
 SHARD_BYTES = 4 * 2**30
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_WORDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-PREFERRED = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox")
-"""Where a model can be of several families, the first is taken."""
-
-
-def sizes_of(choice: Any) -> dict[str, int]:
-    """What tables call the widths of joined tensors."""
-    k = choice.width_of_head
-    return {"q": choice.n_heads * k, "kv": choice.kv_heads * k, "ff": choice.d_ff, "head_dim": k}
-
-
-def rows_of(family: Any, choice: Any) -> list[Row]:
-    head = [] if choice.tie_embeddings else [Row.of("head.weight", family.untied)]
-    return [*with_layers(family.rows(choice), choice.n_layers), *head]
 
 
 # ------------------------------------------------------------------------------------------------ from theirs
@@ -188,7 +176,7 @@ def to_hugging_face(
         raise CheckpointError(f"{out} exists: name a new folder, or remove it")
     config = config_of(commit)
     choice = model_choice(config["model"], commit.storage.describe(commit.folder))
-    kind = _family_for(choice, commit, family)
+    kind = family_for(choice, commit, family)
     table = FAMILY[kind]()
     rows, reader = rows_of(table, choice), commit.reader()
     staging = out.with_name(f".{out.name}.partial")
@@ -206,22 +194,6 @@ def to_hugging_face(
         shutil.rmtree(staging, ignore_errors=True)
         raise
     return _proven(out, check, commit, Folder(out), kind, commit.storage.describe(commit.folder), str(out), cast)
-
-
-def _family_for(choice: Any, commit: Commit, wanted: str | None) -> str:
-    known = sorted(FAMILY.kinds(), key=lambda kind: (PREFERRED.index(kind) if kind in PREFERRED else 99, kind))
-    if wanted is not None and wanted not in known:
-        raise ConfigError(f"family={wanted}: {did_you_mean(wanted, known)}")
-    lineage = commit.manifest.facts.get("lineage") or []
-    origin = next((line["family"] for line in lineage if isinstance(line, dict) and "family" in line), None)
-    tried = [wanted] if wanted else ([origin] if origin in known else []) + known
-    reasons = {kind: FAMILY[kind]().unsupported_reasons(choice) for kind in tried}
-    for kind, found in reasons.items():
-        if not found:
-            return kind
-    raise CheckpointError(
-        "\n".join(["this model is of no family here:", *(f"{k}: {'; '.join(r)}" for k, r in reasons.items())])
-    )
 
 
 def _shards(

@@ -1,7 +1,8 @@
 """What a family's table says: which of our tensors is made of which of theirs, and what each key of a config means."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from string import Formatter
 from typing import Any
 
 import torch
@@ -51,8 +52,9 @@ def their_rope(position: Any) -> dict[str, Any]:
     """Their keys for our rotary section, in both generations: transformers 5 reads the first, 4 the other two."""
     kind, (_, keys) = next((kind, row) for kind, row in ROPE.items() if row[0] == position.kind)
     scaling = {theirs: value for theirs, ours in keys.items() if (value := getattr(position, ours)) is not None}
+    share = {"partial_rotary_factor": position.share} if position.share != 1 else {}
     return {
-        "rope_parameters": {"rope_type": kind, "rope_theta": position.theta, **scaling},
+        "rope_parameters": {"rope_type": kind, "rope_theta": position.theta, **share, **scaling},
         "rope_theta": position.theta,
         "rope_scaling": {"rope_type": kind, **scaling} if scaling else None,
     }
@@ -60,9 +62,10 @@ def their_rope(position: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Row:
-    """One of our tensors and theirs. `{i}` stands for the layer's number.
+    """One of our tensors and theirs. `{i}` stands for a layer's number, and so does any other name for another stack.
 
-    Several of theirs are joined along dimension 0; `widths` names their sizes there ("q", "kv", "ff").
+    Several of theirs are joined along dimension 0; `widths` names their sizes there ("q", "kv", "ff"). A number that
+    stands in theirs only, `{e}`, counts experts: ours has those along a dimension of its own, the first.
     """
 
     ours: str
@@ -70,20 +73,30 @@ class Row:
     widths: tuple[str, ...] = ()
     transposed: bool = False
     """Theirs is [in, out]."""
-    by_head: int = 0
-    """Theirs is [heads, this many pieces, head_dim, ...] and ours has the pieces outermost; 0: no."""
+    grouped: bool = False
+    """Theirs is [group of heads, its queries and then one key and one value, head_dim, ...]; ours has all queries
+    first, then all keys, then all values. With as many keys as queries a group is a head."""
+    n_stacked: int = 0
+    """Theirs are those of so many experts, one expert after the other; 0: there are none."""
 
     @classmethod
     def of(cls, ours: str, *theirs: str, **options: Any) -> "Row":
         return cls(ours, theirs, **options)
 
-    def at(self, layer: int) -> "Row":
-        theirs = tuple(name.format(i=layer) for name in self.theirs)
-        return Row(self.ours.format(i=layer), theirs, self.widths, self.transposed, self.by_head)
-
     @property
-    def in_layer(self) -> bool:
-        return "{i}" in self.ours
+    def counter(self) -> str | None:
+        """The name of the number that tells our tensors of this row apart: the stack it belongs to."""
+        return next(iter(_numbers(self.ours)), None)
+
+    def at(self, number: int | None, counts: Mapping[str, int]) -> "Row":
+        """This row in layer `number` of its stack, experts numbered."""
+        known: dict[str, Any] = {} if self.counter is None else {self.counter: number}
+        theirs, n_stacked = [name.format_map(_Kept(known)) for name in self.theirs], 0
+        if inner := next(iter(_numbers(theirs[0])), None):
+            n_stacked = counts[inner]
+            theirs = [name.format(**{inner: expert}) for expert in range(n_stacked) for name in theirs]
+        ours = self.ours.format(**known)
+        return replace(self, ours=ours, theirs=tuple(theirs), n_stacked=n_stacked)
 
     def join(self, tensors: Sequence[Tensor], sizes: Mapping[str, int]) -> Tensor:
         """Ours from theirs.
@@ -91,28 +104,68 @@ class Row:
         Raises:
             CheckpointError: one of theirs has another width than the config says.
         """
-        tensors = [x.T if self.transposed and x.dim() == 2 else x for x in tensors]
-        for name, width, x in zip(self.theirs, self.widths, tensors, strict=bool(self.widths)):
-            if x.shape[0] != sizes[width]:
-                raise CheckpointError(f"{name} has {x.shape[0]} rows and its config says {sizes[width]}")
-        whole = torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
-        if self.by_head:
-            whole = whole.unflatten(0, (-1, self.by_head, sizes["head_dim"])).transpose(0, 1).flatten(0, 2)
-        return whole.contiguous()
+        if not self.n_stacked:
+            return self._joined(tensors, self.theirs, sizes).contiguous()
+        each = len(tensors) // self.n_stacked
+        starts = range(0, len(tensors), each)
+        return torch.stack([self._joined(tensors[a : a + each], self.theirs[a : a + each], sizes) for a in starts])
 
     def split(self, whole: Tensor, sizes: Mapping[str, int]) -> list[Tensor]:
         """Theirs from ours: the way back of `join`."""
-        if self.by_head:
-            whole = whole.unflatten(0, (self.by_head, -1, sizes["head_dim"])).transpose(0, 1).flatten(0, 2)
-        parts = whole.split([sizes[width] for width in self.widths]) if len(self.theirs) > 1 else (whole,)
-        return [(x.T if self.transposed and x.dim() == 2 else x).contiguous() for x in parts]
+        experts = whole if self.n_stacked else [whole]
+        return [part.contiguous() for expert in experts for part in self._split(expert, sizes)]
+
+    def _joined(self, tensors: Sequence[Tensor], names: Sequence[str], sizes: Mapping[str, int]) -> Tensor:
+        tensors = [x.T if self.transposed and x.dim() == 2 else x for x in tensors]
+        for name, size, x in zip(names, self.widths, tensors, strict=bool(self.widths)):
+            if x.shape[0] != sizes[size]:
+                raise CheckpointError(f"{name} has {x.shape[0]} rows and its config says {sizes[size]}")
+        whole = torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
+        if not self.grouped:
+            return whole
+        n_groups, each, width = _groups(sizes)
+        if whole.shape[0] != n_groups * (each + 2) * width:
+            wanted = n_groups * (each + 2) * width
+            raise CheckpointError(f"{names[0]} has {whole.shape[0]} rows and its config says {wanted}")
+        parts = whole.unflatten(0, (n_groups, each + 2, width)).split([each, 1, 1], 1)
+        return torch.cat([part.flatten(0, 2) for part in parts])
+
+    def _split(self, whole: Tensor, sizes: Mapping[str, int]) -> list[Tensor]:
+        if self.grouped:
+            n_groups, each, width = _groups(sizes)
+            parts = whole.split([sizes["q"], sizes["kv"], sizes["kv"]])
+            heads = [p.unflatten(0, (n_groups, n, width)) for p, n in zip(parts, (each, 1, 1), strict=True)]
+            whole = torch.cat(heads, 1).flatten(0, 2)
+        found = whole.split([sizes[width] for width in self.widths]) if self.widths else (whole,)
+        return [x.T if self.transposed and x.dim() == 2 else x for x in found]
 
 
-def with_layers(rows: Sequence[Row], n_layers: int) -> Iterator[Row]:
-    """All rows of a model: those outside of layers, and those inside once for each."""
-    yield from (row for row in rows if not row.in_layer)
-    for layer in range(n_layers):
-        yield from (row.at(layer) for row in rows if row.in_layer)
+def _groups(sizes: Mapping[str, int]) -> tuple[int, int, int]:
+    """Groups of heads, queries in each, and the width of a head."""
+    return sizes["kv"] // sizes["head_dim"], sizes["q"] // sizes["kv"], sizes["head_dim"]
+
+
+class _Kept(dict[str, Any]):
+    """Leaves what it does not know as it stands."""
+
+    def __missing__(self, key: str) -> str:
+        return "{" + key + "}"
+
+
+def _numbers(name: str) -> list[str]:
+    return [field for _, field, _, _ in Formatter().parse(name) if field]
+
+
+def expanded(rows: Sequence[Row], counts: Mapping[str, int]) -> Iterator[Row]:
+    """All rows of a model: those outside of stacks, and those inside once for each layer of their stack.
+
+    Args:
+        counts: layers of each stack and experts of a layer, by the names that rows use for their numbers.
+    """
+    yield from (row.at(None, counts) for row in rows if row.counter is None)
+    for stack in dict.fromkeys(row.counter for row in rows if row.counter is not None):
+        for number in range(counts[stack]):
+            yield from (row.at(number, counts) for row in rows if row.counter == stack)
 
 
 @dataclass
@@ -141,21 +194,23 @@ class Theirs:
             self.problems.append(f"{key} is {value!r}: {why} (allowed: {', '.join(map(repr, allowed))})")
         return value
 
-    def rope(self) -> dict[str, Any]:
-        """Our rotary section, from either generation of their keys."""
+    def rope(self, share: float = 1.0) -> dict[str, Any]:
+        """Our rotary section, from either generation of their keys.
+
+        Args:
+            share: of each head that turns where they do not say it.
+        """
         said = self.get("rope_parameters", {}) | self.get("rope_scaling", {})
         said.pop("rope_interleaved", None)
         kind = said.pop("rope_type", said.pop("type", "default"))
         said.pop("type", None)
         theta = said.pop("rope_theta", self.get("rope_theta", self.get("rotary_emb_base", 10_000.0)))
-        share = said.pop("partial_rotary_factor", self.get("rotary_pct", self.get("partial_rotary_factor", 1.0)))
-        if share != 1.0:
-            self.problems.append(f"only {share} of each head is turned by rotary positions, ours turns all of it")
+        share = said.pop("partial_rotary_factor", self.get("rotary_pct", self.get("partial_rotary_factor", share)))
         if kind not in ROPE:
             self.problems.append(f"rotary positions are scaled by {kind!r}: ours know {', '.join(ROPE)}")
             return {"kind": "rotary"}
         ours, keys = ROPE[kind]
-        section = {"kind": ours, "theta": float(theta)}
+        section = {"kind": ours, "theta": float(theta)} | ({"share": share} if share != 1 else {})
         section |= {keys[key]: value for key, value in said.items() if key in keys and value is not None}
         if unknown := {
             k: v for k, v in said.items() if k not in keys and v is not None and (k, v) != ("truncate", True)

@@ -27,6 +27,7 @@ NEOX = SMALL | {
     "use_parallel_residual": False,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
 }
+PYTHIA = SMALL | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25}}
 
 CASES = {
     "llama": ("llama", SMALL),
@@ -52,7 +53,16 @@ CASES = {
     "qwen3": ("qwen3", SMALL | GROUPED | {"head_dim": 16}),
     "gpt2": ("gpt2", GPT2),
     "gpt2 with exact GELU": ("gpt2", GPT2 | {"activation_function": "gelu", "n_inner": 40}),
-    "gpt_neox": ("gpt_neox", NEOX),
+    "gpt_neox one after the other": ("gpt_neox", NEOX),
+    "gpt_neox side by side": ("gpt_neox", PYTHIA),
+    "gpt_neox interpolated": ("gpt_neox", SMALL | {"rope_parameters": {
+        "rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    "gemma": ("gemma", SMALL | {"num_key_value_heads": 1, "head_dim": 16}),
+    "gemma untied": ("gemma", SMALL | GROUPED | {"head_dim": 8, "tie_word_embeddings": False}),
+    "olmo2": ("olmo2", SMALL | GROUPED),
+    "olmo2 tied": ("olmo2", SMALL | {"tie_word_embeddings": True, "rms_norm_eps": 1e-6}),
+    "olmo2 with YaRN": ("olmo2", SMALL | GROUPED | {"rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e3, "factor": 4.0, "original_max_position_embeddings": 24}}),
     "gpt_neox tied": ("gpt_neox", NEOX | {"tie_word_embeddings": True}),
 }  # fmt: skip
 
@@ -141,8 +151,8 @@ REFUSED = {
     "another activation": ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     "a window in some layers": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
                                 "use_sliding_window gives some layers a window"),
-    "side by side": ("gpt_neox", {"use_parallel_residual": True}, "our block has attention before feed-forward"),
-    "a part of each head": ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+    "both directions": ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+    "a part of each head": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
                             "partial_rotary_factor": 0.25}}, "only 0.25 of each head"),
     "a key that may matter": ("llama", {"logit_softcapping": 30.0}, "logit_softcapping is 30.0, a key that"),
     "an unknown family": ("opt", {}, "is a 'opt' model: "),

@@ -64,11 +64,21 @@ def greedy(model, tokens: list[int], n: int) -> list[int]:
             "attention": {"kind": "causal", "bias": True}, "feed_forward": {"kind": "gelu", "bias": True},
         },
         {
-            "norm": {"kind": "layer_norm"}, "tie_embeddings": False,
+            "norm": {"kind": "layer_norm", "placement": "parallel"}, "tie_embeddings": False,
+            "position": {"kind": "rotary", "share": 0.5},
             "attention": {"kind": "causal", "bias": True}, "feed_forward": {"kind": "gelu", "bias": True},
         },
+        {
+            "norm": {"kind": "zero_centred_rms_norm"}, "feed_forward": {"kind": "geglu"}, "scale_embeddings": True,
+            "n_kv_heads": 1, "head_dim": 16,
+        },
+        {
+            "norm": {"kind": "rms_norm", "placement": "output"}, "tie_embeddings": False,
+            "attention": {"kind": "causal", "qk_norm": True, "qk_norm_over": "width"}, "n_kv_heads": 2,
+        },
+        {"n_kv_heads": 2, "attention": {"kind": "causal", "bias": True}},
     ],
-    ids=["llama", "qwen3", "mistral", "gpt2", "gpt_neox"],
+    ids=["llama", "qwen3", "mistral", "gpt2", "gpt_neox", "gemma", "olmo2", "qwen2"],
 )  # fmt: skip
 def test_transformers_generates_the_same_greedy_tokens(options, content, tmp_path, request):
     commit = checkpoint(tmp_path / "run", content, **options)

@@ -80,10 +80,10 @@ class GPT2:
         }
 
 
-def layer_norm_reasons(model: Any) -> list[str]:
+def layer_norm_reasons(model: Any, placements: tuple[str, ...] = ("pre",)) -> list[str]:
     """What GPT-2 and GPT-NeoX have in common: LayerNorm, GELU, biases, a head for every query."""
-    found = []
-    if model.norm.kind != "layer_norm" or not model.norm.bias or model.norm.placement != "pre":
+    found = plain_embedding_reasons(model)
+    if model.norm.kind != "layer_norm" or not model.norm.bias or model.norm.placement not in placements:
         found.append("norm is not LayerNorm with a bias before each sublayer, as theirs is")
     if model.feed_forward.kind != "gelu" or not model.feed_forward.bias:
         found.append("feed_forward is not GELU with biases, as theirs is")
@@ -92,3 +92,7 @@ def layer_norm_reasons(model: Any) -> list[str]:
     if model.kv_heads != model.n_heads or model.width_of_head * model.n_heads != model.d_model:
         found.append("n_kv_heads or head_dim are not those of n_heads that divide d_model, as theirs are")
     return found
+
+
+def plain_embedding_reasons(model: Any) -> list[str]:
+    return ["embedded tokens are scaled, theirs are not"] if model.scale_embeddings else []

@@ -1,15 +1,13 @@
-"""GPT-NeoX and Pythia (Black et al. 2022, arXiv:2204.06745): rotary positions and q, k, v interleaved by head.
-
-Most published ones compute attention and feed-forward side by side and turn a quarter of each head, which our block
-does not do: those are refused. What was trained here with LayerNorm, GELU and biases goes both ways.
-"""
+"""GPT-NeoX and Pythia (Black et al. 2022, arXiv:2204.06745): attention and feed-forward side by side, rotary positions
+on a part of each head, and q, k, v interleaved by head."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from megatrain.convert.families import FAMILY
 from megatrain.convert.families.gpt2 import layer_norm_reasons
-from megatrain.convert.table import Row, Theirs
+from megatrain.convert.table import Row, Theirs, their_rope
+from megatrain.nn.position.rotary import Rotary
 
 LAYER = "gpt_neox.layers.{i}"
 OURS = "layers.{i}"
@@ -38,14 +36,12 @@ class GPTNeoX:
         return [
             Row.of("embedding.weight", "gpt_neox.embed_in.weight"),
             *(Row.of(f"norm.{k}", f"gpt_neox.final_layer_norm.{k}") for k in KINDS),
-            *(Row.of(ours, theirs, by_head=3) for ours, theirs in qkv),
+            *(Row.of(ours, theirs, grouped=True) for ours, theirs in qkv),
             *(Row.of(f"{OURS}.{ours}.{k}", f"{LAYER}.{theirs}.{k}") for ours, theirs in PARTS.items() for k in KINDS),
         ]
 
     def model(self, theirs: Theirs) -> dict[str, Any]:
         theirs.must("hidden_act", ["gelu"], "our feed-forward has GELU by the error function")
-        if theirs.get("use_parallel_residual", True):
-            theirs.problems.append("use_parallel_residual: our block has attention before feed-forward")
         theirs.must("attention_bias", [True], "our attention has the biases of the feed-forward")
         return {
             "kind": "decoder",
@@ -55,34 +51,37 @@ class GPTNeoX:
             "n_heads": theirs.need("num_attention_heads"),
             "d_ff": theirs.need("intermediate_size"),
             "tie_embeddings": theirs.get("tie_word_embeddings", False),
-            "norm": {"kind": "layer_norm", "eps": theirs.get("layer_norm_eps", 1e-5)},
-            "position": theirs.rope(),
+            "norm": {
+                "kind": "layer_norm",
+                "eps": theirs.get("layer_norm_eps", 1e-5),
+                "placement": "parallel" if theirs.get("use_parallel_residual", True) else "pre",
+            },
+            "position": theirs.rope(share=0.25),
             "attention": {"kind": "causal", "bias": True},
             "feed_forward": {"kind": "gelu", "bias": True},
         }
 
     def unsupported_reasons(self, model: Any) -> list[str]:
-        found = layer_norm_reasons(model)
-        if model.position.kind != "rotary":
+        found = layer_norm_reasons(model, ("pre", "parallel"))
+        if not isinstance(model.position, Rotary):
             found.append(f"position is {model.position.kind}, theirs is rotary")
         if getattr(model.feed_forward, "approximate", "none") != "none":
             found.append("GELU is approximated, theirs is by the error function")
         return found
 
     def config(self, model: Any) -> dict[str, Any]:
-        return {
+        rope = their_rope(model.position)
+        rope["rope_parameters"] |= {"partial_rotary_factor": model.position.share}  # else a quarter, for them
+        return rope | {
             "hidden_size": model.d_model,
             "num_hidden_layers": model.n_layers,
             "num_attention_heads": model.n_heads,
             "intermediate_size": model.d_ff,
             "hidden_act": "gelu",
             "layer_norm_eps": model.norm.eps,
-            "rotary_pct": 1.0,
+            "rotary_pct": model.position.share,
             "rotary_emb_base": model.position.theta,
-            "rope_parameters": {
-                "rope_type": "default", "rope_theta": model.position.theta, "partial_rotary_factor": 1.0,
-            },
-            "use_parallel_residual": False,
+            "use_parallel_residual": model.norm.placement == "parallel",
             "attention_bias": True,
             "initializer_range": model.init_std,
-        }  # fmt: skip
+        }

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from megatrain.convert.families import FAMILY
+from megatrain.convert.families.gpt2 import plain_embedding_reasons
 from megatrain.convert.table import Row, Theirs, their_rope
 from megatrain.nn.position.rotary import Rotary
 
@@ -71,7 +72,7 @@ class Llama:
             "d_ff": theirs.need("intermediate_size"),
             "tie_embeddings": theirs.get("tie_word_embeddings", False),
             "norm": {"kind": "rms_norm", "eps": theirs.get("rms_norm_eps", 1e-6)},
-            "position": theirs.rope(),
+            "position": whole_rope(theirs),
             "attention": self.attention(theirs),
             "feed_forward": {"kind": "swiglu", "bias": theirs.get("mlp_bias", False)},
         }
@@ -86,7 +87,7 @@ class Llama:
 
     def unsupported_reasons(self, model: Any) -> list[str]:
         """Why our `model` cannot be one of this family."""
-        found = [*self.shape_reasons(model)]
+        found = [*self.shape_reasons(model), *plain_embedding_reasons(model)]
         if model.attention.kind != "causal":
             found.append(f"attention is {model.attention.kind}, theirs is causal")
         if model.attention.qk_norm:
@@ -95,23 +96,42 @@ class Llama:
             found.append("only one of attention and feed_forward has biases, theirs have them together")
         return found
 
-    def shape_reasons(self, model: Any) -> list[str]:
-        """What the whole kin of Llama has in common."""
-        wanted = {"norm": "rms_norm", "feed_forward": "swiglu"}
+    def shape_reasons(
+        self,
+        model: Any,
+        norm: str = "rms_norm",
+        feed_forward: str = "swiglu",
+        placement: str = "pre",
+        qk_norm_over: str = "head",
+    ) -> list[str]:
+        """What the whole kin of Llama has in common, up to the kinds named."""
+        wanted = {"norm": norm, "feed_forward": feed_forward}
         found = [
             f"{part} is {getattr(model, part).kind}, theirs is {kind}"
             for part, kind in wanted.items()
             if getattr(model, part).kind != kind
         ]
-        if not isinstance(model.position, Rotary):
-            found.append(f"position is {model.position.kind}, theirs is rotary")
-        if model.norm.placement != "pre":
-            found.append("norms stand behind the residual sum, theirs stand before each sublayer")
+        if not isinstance(model.position, Rotary) or model.position.share != 1:
+            found.append(
+                f"position is {model.position.kind} or turns a part of each head, theirs is rotary on all of it"
+            )
+        if model.norm.placement != placement:
+            found.append(f"norm.placement is {model.norm.placement}, theirs is {placement}")
+        if model.attention.qk_norm and model.attention.qk_norm_over != qk_norm_over:
+            over = model.attention.qk_norm_over
+            found.append(f"attention.qk_norm_over is {over}, theirs is {qk_norm_over}")
         return found
 
     def config(self, model: Any) -> dict[str, Any]:
         """Their keys; the sizes that every family shares are added by the caller."""
         return shared_config(model) | {"attention_bias": model.attention.bias, "mlp_bias": model.feed_forward.bias}
+
+
+def whole_rope(theirs: Theirs) -> dict[str, Any]:
+    section = theirs.rope()
+    if (share := section.pop("share", 1.0)) != 1:
+        theirs.problems.append(f"only {share} of each head is turned by rotary positions, which this family never does")
+    return section
 
 
 def shared_config(model: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from megatrain.convert.families import FAMILY
+from megatrain.convert.families.gpt2 import plain_embedding_reasons
 from megatrain.convert.families.llama import Llama, shared_config
 from megatrain.convert.table import Theirs
 
@@ -18,7 +19,7 @@ class Mistral(Llama):
         return {"kind": "causal"} if window is None else {"kind": "sliding_window", "window": window}
 
     def unsupported_reasons(self, model: Any) -> list[str]:
-        found = self.shape_reasons(model)
+        found = self.shape_reasons(model) + plain_embedding_reasons(model)
         if model.attention.kind not in ("causal", "sliding_window"):
             found.append(f"attention is {model.attention.kind}, theirs is causal, whole or in a window")
         if model.attention.qk_norm or model.attention.bias or model.feed_forward.bias:

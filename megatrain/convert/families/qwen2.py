@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from megatrain.convert.families import FAMILY
+from megatrain.convert.families.gpt2 import plain_embedding_reasons
 from megatrain.convert.families.llama import Llama, shared_config
 from megatrain.convert.table import Theirs
 
@@ -18,7 +19,7 @@ class Qwen2(Llama):
         return {"kind": "causal", "bias": True}
 
     def unsupported_reasons(self, model: Any) -> list[str]:
-        found = self.shape_reasons(model)
+        found = self.shape_reasons(model) + plain_embedding_reasons(model)
         a = model.attention
         if a.kind != "causal" or a.qk_norm or not a.bias or model.feed_forward.bias:
             found.append("theirs is causal attention with biases of queries, keys and values, and no other biases")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from megatrain.convert.families import FAMILY
+from megatrain.convert.families.gpt2 import plain_embedding_reasons
 from megatrain.convert.families.llama import Llama, shared_config
 from megatrain.convert.families.qwen2 import full_attention_only
 from megatrain.convert.table import Theirs
@@ -20,7 +21,7 @@ class Qwen3(Llama):
         return {"kind": "causal", "qk_norm": True}
 
     def unsupported_reasons(self, model: Any) -> list[str]:
-        found = self.shape_reasons(model)
+        found = self.shape_reasons(model) + plain_embedding_reasons(model)
         a = model.attention
         if a.kind != "causal" or not a.qk_norm or a.bias or model.feed_forward.bias:
             found.append("theirs is causal attention with norms of queries and keys, and no biases")

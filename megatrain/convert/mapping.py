@@ -1,0 +1,46 @@
+"""Which family our model is written as, and all rows of that family's table for it."""
+
+from typing import Any
+
+from megatrain.base.errors import CheckpointError, ConfigError, did_you_mean
+from megatrain.checkpoint.read import Commit
+from megatrain.convert.families import FAMILY
+from megatrain.convert.table import Row, expanded
+
+PREFERRED = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox")
+"""Where a model can be of several families, the first is taken."""
+
+
+def sizes_of(choice: Any) -> dict[str, int]:
+    """What tables call the widths of joined tensors."""
+    k = choice.width_of_head
+    return {"q": choice.n_heads * k, "kv": choice.kv_heads * k, "ff": choice.d_ff, "head_dim": k}
+
+
+def rows_of(family: Any, choice: Any) -> list[Row]:
+    """A row for every tensor of our model."""
+    head = [] if choice.tie_embeddings else [Row.of("head.weight", family.untied)]
+    return [*expanded(family.rows(choice), {"i": choice.n_layers}), *head]
+
+
+def family_for(choice: Any, commit: Commit, wanted: str | None) -> str:
+    """The family that the model of `commit` is written as: the one asked for, else the one that it was converted from,
+    else the first that it can be.
+
+    Raises:
+        ConfigError: there is no such family.
+        CheckpointError: the model cannot be of it, or of any.
+    """
+    known = sorted(FAMILY.kinds(), key=lambda kind: (PREFERRED.index(kind) if kind in PREFERRED else 99, kind))
+    if wanted is not None and wanted not in known:
+        raise ConfigError(f"family={wanted}: {did_you_mean(wanted, known)}")
+    lineage = commit.manifest.facts.get("lineage") or []
+    origin = next((line["family"] for line in lineage if isinstance(line, dict) and "family" in line), None)
+    tried = [wanted] if wanted else ([origin] if origin in known else []) + known
+    reasons = {kind: FAMILY[kind]().unsupported_reasons(choice) for kind in tried}
+    for kind, found in reasons.items():
+        if not found:
+            return kind
+    raise CheckpointError(
+        "\n".join(["this model is of no family here:", *(f"{k}: {'; '.join(r)}" for k, r in reasons.items())])
+    )
