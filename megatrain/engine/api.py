@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megatrain.base.device import Device
 from megatrain.base.registry import Registry
+from megatrain.engine.schedules import PipelinePlan, PipelineSchedule
 from megatrain.nn.batch import Batch
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.shard import Slice
@@ -60,6 +61,15 @@ class EngineCase:
     """Stage of ZeRO: 1 shards optimiser state over data-parallel ranks, 2 also gradients, 3 also parameters."""
     pp: int = 1
     precision: Precision = field(default_factory=Precision)
+    schedule: PipelineSchedule | None = None
+    """Of the pipeline, where pp > 1."""
+    tied: bool = False
+    """The head is the embedding."""
+
+    @property
+    def tied_copies(self) -> bool:
+        """Embedding and head are one parameter and stand on two ranks."""
+        return self.tied and self.schedule is not None and self.schedule.placement == "loop"
 
 
 class Model(Protocol):
@@ -119,6 +129,10 @@ class Parts:
     precision: Precision
     micro_batch: int
     zero: int
+    pipeline: PipelinePlan | None = None
+    """With it the model is the `models.stages.Stages` of this rank."""
+    all_names: tuple[str, ...] = ()
+    """Of the parameters of the undivided model, where this rank has some of them only."""
 
 
 ENGINE: Registry[Any] = Registry("engine", "megatrain.engine.kinds")

@@ -1,6 +1,6 @@
 """Where gradients are accumulated, and how they are summed over ranks: float32 throughout."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -90,6 +90,11 @@ def sum_partial(held: Iterable[tuple[Shard, Tensor, int]], tp: Axis) -> None:
 def gradients_of(parameters: Iterable[nn.Parameter]) -> Iterator[tuple[Shard, Tensor, int]]:
     """What `sum_partial` takes, of parameters whose whole gradient is here."""
     return ((shard_of(p), p.grad.view(-1), 0) for p in parameters if p.grad is not None)
+
+
+def gradients_by_name(named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The gradients of those parameters that have one."""
+    return {name: p.grad for name, p in named.items() if p.grad is not None}
 
 
 def sum_over(gradients: Sequence[Tensor], axis: Axis) -> None:

@@ -5,6 +5,8 @@ from typing import Literal
 
 from megatrain.base.errors import LayoutError, did_you_mean
 from megatrain.engine.api import ENGINE, EngineCase, Precision
+from megatrain.engine.schedules import SCHEDULES, PipelinePlan, PipelineSchedule, stage_problems
+from megatrain.models.stages import Costs, balanced
 from megatrain.parallel.mesh import Mesh, divisors
 
 AUTO = "auto"
@@ -28,6 +30,13 @@ class Layout:
     """Data-parallel ranks: those that tp, pp and cp leave, and if given it must be that number."""
     zero: int | None = None
     """Stage of ZeRO: 1 under deepspeed, 2 under fsdp2, else 0."""
+    schedule: str = "1f1b"
+    """In which order pipeline ranks run micro-batches: gpipe, 1f1b, interleaved, looped_bfs, interleaved_zero_bubble,
+    zbv or dualpipev."""
+    virtual: int | None = None
+    """Stages that each pipeline rank holds; by default what the schedule is made for, 1 or 2."""
+    stages: Literal["auto"] | tuple[int, ...] = "auto"
+    """Layers of each pipeline stage, in the order of the model; auto makes the costliest stage cost least."""
     sequence_parallel: bool | None = None
     """Activations between layers are cut over tp; by default where tp > 1."""
     micro_batch: int = 1
@@ -44,9 +53,19 @@ class Layout:
         found = [f"{name}={n}: it must be at least 1" for name, n in sizes.items() if n is not None and n < 1]
         found += [
             f"{name}={sizes[name]}: only {name}=1 can be run so far, use tp, cp and dp"
-            for name in ("pp", "ep")
+            for name in ("ep",)
             if sizes[name] > 1
         ]
+        if self.schedule not in SCHEDULES:
+            found.append(f"schedule is {self.schedule!r}: {did_you_mean(self.schedule, SCHEDULES)}")
+        if self.virtual is not None and self.virtual < 1:
+            found.append(f"virtual={self.virtual}: it must be at least 1")
+        if self.pp == 1:
+            found += [
+                f"{name}={value} is for a pipeline and pp is 1: leave it out, or set pp to 2 or more"
+                for name, value in {"virtual": self.virtual, "stages": self.listed_stages}.items()
+                if value is not None
+            ]
         if self.engine != AUTO and self.engine not in ENGINE:
             found.append(
                 f"engine is {self.engine!r}, which is no engine: {did_you_mean(self.engine, [AUTO, *ENGINE.kinds()])}"
@@ -62,6 +81,26 @@ class Layout:
     def cuts_sequence(self) -> bool:
         """Activations between layers are cut over tensor-parallel ranks."""
         return self.tp > 1 and self.sequence_parallel is not False
+
+    @property
+    def listed_stages(self) -> tuple[int, ...] | None:
+        """The layer counts that are given; None where they are chosen."""
+        return None if isinstance(self.stages, str) else self.stages
+
+    @property
+    def pipeline_schedule(self) -> PipelineSchedule:
+        return SCHEDULES[self.schedule]
+
+    @property
+    def stages_a_rank(self) -> int:
+        return self.virtual or self.pipeline_schedule.default_virtual
+
+    def pipeline(self, costs: Costs) -> PipelinePlan | None:
+        """Schedule and stages of a model of these costs; None where there is no pipeline."""
+        if self.pp == 1:
+            return None
+        counts = self.listed_stages or tuple(balanced(costs, self.pp * self.stages_a_rank))
+        return PipelinePlan(self.pipeline_schedule, self.pp, self.stages_a_rank, counts)
 
     def mesh(self, world: int) -> Mesh:
         """The mesh of `world` ranks.
@@ -126,6 +165,8 @@ def layout_problems(
     *,
     seq_len: int | None = None,
     precision: Precision = Precision(),  # noqa: B008 (a frozen value)
+    n_layers: int | None = None,
+    tied: bool = False,
 ) -> list[str]:
     """Why a run cannot be laid out so, in sentences that show the arithmetic.
 
@@ -135,6 +176,8 @@ def layout_problems(
         world: ranks of the run.
         global_batch: sequences of a step, over all ranks.
         seq_len: tokens of a sequence.
+        n_layers: of the model; stages are not checked without.
+        tied: the model's head is its embedding.
     """
     found = world_problems(layout, world)
     if found:
@@ -146,7 +189,9 @@ def layout_problems(
             f"train.global_batch={global_batch} does not divide over dp={dp} (= {world} ranks / tp {layout.tp}): "
             f"use a multiple of {dp}, or pick dp from {divisors(global_batch)}"
         )
-    elif (rows := global_batch // dp) % layout.micro_batch:
+    elif (rows := global_batch // dp) % layout.micro_batch == 0:
+        found += pipeline_problems(layout, rows // layout.micro_batch, n_layers)
+    else:
         found.append(
             f"layout.micro_batch={layout.micro_batch} does not divide the {rows} sequences that each rank has "
             f"(train.global_batch {global_batch} / dp {dp}): pick it from {divisors(rows)}"
@@ -160,5 +205,17 @@ def layout_problems(
             "or set layout.sequence_parallel=false"
         )
     resolved = resolve_engine(layout, world)
-    case = EngineCase(zero=resolved.zero, pp=layout.pp, precision=precision)
+    schedule = layout.pipeline_schedule if layout.pp > 1 else None
+    case = EngineCase(zero=resolved.zero, pp=layout.pp, precision=precision, schedule=schedule, tied=tied)
     return found + ENGINE[resolved.engine]().unsupported_reasons(case)
+
+
+def pipeline_problems(layout: Layout, n_micro_batches: int, n_layers: int | None) -> list[str]:
+    """Why the schedule of `layout` cannot run so many micro-batches a step, or so many layers make no such stages."""
+    if layout.pp == 1:
+        return []
+    schedule, v = layout.pipeline_schedule, layout.stages_a_rank
+    found = schedule.problems(layout.schedule, layout.pp, n_micro_batches, v)
+    if n_layers is not None and schedule.virtual(v):
+        found += stage_problems(n_layers, layout.pp, v, layout.listed_stages)
+    return found

@@ -1,7 +1,7 @@
 """Forward and backward over the micro-batches of a step: what every engine does alike."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +68,9 @@ class Passes:
             backward(loss_sum * factor, remaining == 0)
             total += loss_sum.detach()
         return total
+
+    def sum_tied(self, gradients: Mapping[str, Tensor]) -> None:
+        """Sum the gradients, by name, of parameters that other ranks of a pipeline have a copy of: none here."""
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -260,6 +260,16 @@ class DecoderModel(nn.Module):
             tied = self.embedding.weight if c.tie_embeddings and self.embedding is not None else None
             self.head = Head(rows, c.d_model, tp, c.init_std, tied)
 
+    @property
+    def at_both_ends(self) -> tuple[str, ...]:
+        """Names of the parameters that the first and the last stage both have."""
+        return ("embedding.weight",) if self.choice.tie_embeddings and self.embedding is not None else ()
+
+    def hidden_shape(self, batch: Batch) -> tuple[int, int, int]:
+        """Of the hidden states between layers, [b, t or t / size, d]."""
+        b, t = batch.own(batch.tokens).shape
+        return b, t // self.tp.size if self.tp.cuts_sequence else t, self.choice.d_model
+
     def _block(self, i: int, out_std: float) -> nn.Module:
         c, tp, name = self.choice, self.tp, f"layers.{i}"
         attention = SelfAttention(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.mesh import Axis
-from megatrain.parallel.product import by_float32, product_format
+from megatrain.parallel.product import add_product, by_float32, product_format
 
 CHUNK_BYTES = 4 * 2**20
 """Memory of one chunk of float32 logits. Small enough for a CPU's cache, large enough for a good product."""
@@ -81,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None and grad_weight is not None:
                     grad = grad.to(dtype)
                     grad_hidden[here] = (grad @ head).mul_(scale)
-                    _add_product(grad_weight[:n_local], grad, (x * scale).to(dtype))
+                    add_product(grad_weight[:n_local], grad, (x * scale).to(dtype))
         if needs_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
         return total
@@ -117,13 +117,3 @@ def _chunk(
 
 def _over_ranks(x: Tensor, axis: Axis, operation: str) -> Tensor:
     return x if axis.size == 1 else all_reduce(x, axis.group, operation)
-
-
-def _add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
-    """total += grad^T x, summed in float32 whatever the operands' format."""
-    if grad.dtype == total.dtype:
-        total.addmm_(grad.T, x)
-    elif grad.device.type == "cuda":
-        total += torch.mm(grad.T, x, out_dtype=torch.float32)
-    else:
-        total += grad.T @ x

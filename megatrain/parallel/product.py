@@ -40,6 +40,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(rounded(x), rounded(weight), bias).bfloat16()
 
 
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """a b in their own format, whatever autocast says: [n, k], [k, m] -> [n, m]."""
+    if _slow(a):
+        return (a.float() @ b.float()).to(a.dtype)
+    return a @ b
+
+
+def add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
+    """total += grad^T x: [o, i], [n, o], [n, i], summed in float32 whatever the operands' format."""
+    if grad.dtype == total.dtype:
+        total.addmm_(grad.T, x)
+    elif grad.device.type == "cuda":
+        total += torch.mm(grad.T, x, out_dtype=torch.float32)
+    elif _slow(grad):
+        total.addmm_(grad.float().T, x.float())
+    else:
+        total += grad.T @ x
+
+
+def _slow(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not CPU_MULTIPLIES_BF16
+
+
 def rounded(x: Tensor) -> Tensor:
     """The values of bf16 as float32 numbers."""
     return x.bfloat16().float()

@@ -3,12 +3,16 @@
 from collections.abc import Iterator
 from typing import Any, Self
 
+import torch
+
 from megatrain.base.device import Device
 from megatrain.data.feed import Feed
 from megatrain.data.shards import TokenizerEntry
 from megatrain.engine.api import ENGINE, Engine, Parts
 from megatrain.engine.layout import resolve_engine
+from megatrain.engine.schedules import PipelinePlan
 from megatrain.models.recompute import SELECTIVE, recompute
+from megatrain.models.stages import Stages, spans_of
 from megatrain.nn.batch import Batch
 from megatrain.parallel.mesh import Axis, Mesh
 from megatrain.parallel.shard import initialise
@@ -21,7 +25,8 @@ def build_engine(run: Run, tokenizer: TokenizerEntry, mesh: Mesh, device: Device
     resolved = resolve_engine(run.layout, mesh.size)
     tp = TensorParallel(mesh.axis("tp"), run.layout.cuts_sequence)
     cp = mesh.axis("cp")
-    model = run.model.build(n_valid=tokenizer.vocab_size, seq_len=run.data.seq_len, tp=tp, cp=cp, seed=run.seed)
+    plan = run.layout.pipeline(run.model.costs(tokenizer.vocab_size, run.data.seq_len))
+    model = build_model(run, plan, mesh, n_valid=tokenizer.vocab_size, seq_len=run.data.seq_len, tp=tp, cp=cp)
     initialise(model, run.seed)
     inside = run.layout.recompute == SELECTIVE  # a part of the block, so the compiler must see it
     if inside:
@@ -38,8 +43,28 @@ def build_engine(run: Run, tokenizer: TokenizerEntry, mesh: Mesh, device: Device
         precision=run.precision,
         micro_batch=run.layout.micro_batch,
         zero=resolved.zero,
+        pipeline=plan,
+        all_names=() if plan is None else all_names(run, tokenizer),
     )
     return ENGINE[resolved.engine]().build(parts)
+
+
+def build_model(run: Run, plan: PipelinePlan | None, mesh: Mesh, **facts: Any) -> Any:
+    """The model, or the stages of it that this rank of a pipeline holds."""
+    if plan is None:
+        return run.model.build(seed=run.seed, **facts)
+    stages: dict[int, Any] = {}
+    spans = spans_of(plan.layers)
+    for number in plan.stages_of(mesh.axis("pp").rank):
+        stages[number] = run.model.build(seed=run.seed, span=spans[number], first=stages.get(0), **facts)
+    return Stages(stages)
+
+
+def all_names(run: Run, tokenizer: TokenizerEntry) -> tuple[str, ...]:
+    """Names of all parameters of the undivided model, which is built without memory."""
+    with torch.device("meta"):
+        model = run.model.build(n_valid=tokenizer.vocab_size, seq_len=run.data.seq_len)
+    return tuple(name for name, _ in model.named_parameters())
 
 
 class ContextFeed(Iterator[Batch]):

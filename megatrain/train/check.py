@@ -34,7 +34,13 @@ def refuse(run: Run, world: int) -> TokenizerEntry:
 def problems_of(run: Run, world: int) -> list[str]:
     """What is wrong between the parts, without looking at the data."""
     found = layout_problems(
-        run.layout, world, run.train.global_batch, seq_len=run.data.seq_len, precision=run.precision
+        run.layout,
+        world,
+        run.train.global_batch,
+        seq_len=run.data.seq_len,
+        precision=run.precision,
+        n_layers=run.model.n_layers,
+        tied=run.model.tie_embeddings,
     )
     found += run.model.layout_problems(run.layout.tp, run.layout.cp)
     found += unmatched(run.model.n_layers, run.layout.recompute)

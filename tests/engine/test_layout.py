@@ -109,7 +109,10 @@ def test_a_tp_that_is_suggested_fits(world, tp):
         (Layout(micro_batch=0), "micro_batch=0: it must be at least 1"),
         (Layout(engine="deepsped"), "did you mean deepspeed?"),
         (Layout(zero=4), "zero=4 is no stage of ZeRO: pick 0, 1, 2 or 3"),
-        (Layout(pp=2), "pp=2: only pp=1 can be run so far"),
+        (Layout(schedule="zvb"), "did you mean zbv?"),
+        (Layout(pp=2, virtual=0), "virtual=0: it must be at least 1"),
+        (Layout(virtual=2), "virtual=2 is for a pipeline and pp is 1"),
+        (Layout(stages=(2, 2)), "stages=(2, 2) is for a pipeline and pp is 1"),
         (Layout(ep=2), "ep=2: only ep=1 can be run so far"),
     ],
 )

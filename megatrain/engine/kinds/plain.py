@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from megatrain.base.errors import ConfigError
 from megatrain.engine.api import ENGINE, Engine, EngineCase, Parts, StepReport
-from megatrain.engine.gradients import Gradients, gradients_of, sum_partial
-from megatrain.engine.passes import Passes, mean, summed
+from megatrain.engine.gradients import Gradients, gradients_by_name, gradients_of, sum_partial
+from megatrain.engine.passes import mean, summed
+from megatrain.engine.pipeline import passes_of
 from megatrain.nn.batch import Batch
 from megatrain.optim.norm import clip_divisor, counted_and_copies, global_norm, not_finite, squared_norm
 from megatrain.optim.optimizer import guarded, set_lr, set_step_count, step_count
@@ -43,12 +44,12 @@ class PlainEngine:
         self.data, self.tp, self.pp = (parts.mesh.axis(name) for name in ("data", "tp", "pp"))
         self.shards = shards(self.model)
         self.named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if problems := parts.optimizer.unmatched(self.named):
+        if problems := parts.optimizer.unmatched(parts.all_names or self.named):
             raise ConfigError(problems)
         self.masters = masters_of(self.model, self.named, parts.precision.parameters)
         self.partial = [p for name, p in self.named.items() if self.shards[name].partial]
         self.gradients = self._gradients()
-        self.passes = Passes(self.model, self.data, parts.micro_batch, self.device, parts.precision.autocast)
+        self.passes = passes_of(parts, parts.mesh)
         self.optimizer = parts.optimizer.build(self.masters)
         parts.optimizer.allocate(self.optimizer, self.masters.values())
 
@@ -79,6 +80,7 @@ class PlainEngine:
         """Leave the gradient of the global mean loss in the parameters; return this rank's loss sum."""
         loss_sum = self.passes.forward_backward(batch, tokens)
         sum_partial(gradients_of(self.partial), self.tp)
+        self.passes.sum_tied(gradients_by_name(self.named))
         self.gradients.reduce()
         return loss_sum
 

@@ -1,0 +1,180 @@
+"""A model cut into pipeline stages trains as in one process: every schedule, under every engine."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatrain.base.device import Device
+from megatrain.engine.api import ENGINE, Engine, Parts, Precision
+from megatrain.engine.layout import Layout
+from megatrain.engine.schedules import SCHEDULES
+from megatrain.models.decoder import Decoder
+from megatrain.models.recompute import recompute
+from megatrain.models.stages import Stages, spans_of
+from megatrain.nn.batch import Batch
+from megatrain.parallel.mesh import Mesh
+from megatrain.parallel.shard import initialise
+from megatrain.parallel.tensor import TensorParallel
+from tests.engine.toy import (
+    OPTIMIZER,
+    SEQ_LEN,
+    VOCABULARY,
+    Pieces,
+    assembled,
+    filler,
+    floats,
+    pieces_of,
+    rows_of,
+    toy_batch,
+)
+from tests.ranks import run
+
+ROWS, STEPS, LR, SEED = 8, 3, 1e-2, 3
+MODEL = Decoder(d_model=16, n_layers=5, n_heads=4, n_kv_heads=2, d_ff=24, dropout=0.1)
+"""Five layers: stages of unequal length."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout. The ranks that pp and tp leave are data-parallel."""
+
+    schedule: str
+    engine: str = "plain"
+    zero: int = 0
+    pp: int = 2
+    tp: int = 1
+    cp: int = 1
+    dp: int = 1
+    tied: bool = True
+    micro_batch: int = 1
+    recompute: str = "none"
+    compiled: bool = False
+    stages: tuple[int, ...] | None = None
+    virtual: int | None = None
+    parameters: str = "fp32"
+
+    @property
+    def ranks(self) -> int:
+        return self.pp * self.tp * self.cp * self.dp
+
+    def __str__(self) -> str:
+        changed = [
+            f"{f.name}={getattr(self, f.name)}"
+            for f in dataclasses.fields(self)
+            if f.name not in ("schedule", "engine", "zero") and getattr(self, f.name) != f.default
+        ]
+        return "-".join([self.schedule, f"{self.engine}{self.zero}", *changed])
+
+    def engine_of(self, mesh: Mesh) -> Engine:
+        tp = TensorParallel(mesh.axis("tp"), self.tp > 1)
+        choice = dataclasses.replace(MODEL, tie_embeddings=self.tied)
+        facts: dict[str, Any] = dict(n_valid=VOCABULARY, seq_len=SEQ_LEN, tp=tp)
+        layout = Layout(
+            pp=self.pp, schedule=self.schedule, virtual=self.virtual, stages=self.stages or "auto", engine=self.engine
+        )
+        plan = layout.pipeline(choice.costs(VOCABULARY, SEQ_LEN))
+        if plan is None:
+            model: Any = choice.build(**facts)
+        else:
+            stages: dict[int, Any] = {}
+            for number in plan.stages_of(mesh.axis("pp").rank):
+                stages[number] = choice.build(span=spans_of(plan.layers)[number], first=stages.get(0), **facts)
+            model = Stages(stages)
+        initialise(model, SEED)
+        recompute(model.layers, self.recompute)
+        if self.compiled:
+            model.compile_blocks()
+        precision = Precision(compute="bf16" if self.parameters == "bf16" else "fp32", parameters=self.parameters)
+        parts = Parts(model, OPTIMIZER, mesh, Device("cpu"), precision, self.micro_batch, self.zero, plan)
+        return ENGINE[self.engine]().build(parts)
+
+
+ONE = Case("gpipe", pp=1, micro_batch=ROWS)
+
+
+def batch_of(step: int) -> Batch:
+    """Rows with a border between two documents, another one in each row."""
+    batch = toy_batch(step, ROWS)
+    border = torch.arange(ROWS)[:, None] % (SEQ_LEN - 1) + 1
+    column = torch.arange(SEQ_LEN).expand(ROWS, -1)
+    second = column >= border
+    positions = torch.where(second, column - border, column)
+    return dataclasses.replace(batch, positions=positions, documents=second.to(torch.int32), packed=True)
+
+
+@dataclass
+class Story:
+    """What one rank saw of some steps."""
+
+    start: Pieces
+    reports: list[tuple[float, float, float, float]]
+    first: Pieces
+    """The state after one step: its first moment is a tenth of the clipped gradient."""
+    end: Pieces
+    held_out: tuple[float, float]
+
+
+def tell(case: Case) -> Story:
+    mesh = Mesh()
+    if dist.is_initialized():
+        mesh = Mesh.of(pp=case.pp, dp=case.dp, cp=case.cp, tp=case.tp).at(dist.get_rank()).connect()
+    engine = case.engine_of(mesh)
+    start = pieces_of(engine)
+    reports, first = [], []
+    for k in range(STEPS):
+        reports.append(floats(engine.step(rows_of(batch_of(k), mesh), LR)))
+        if k == 0:
+            first = pieces_of(engine)
+    held_out = engine.evaluate(rows_of(batch_of(99), mesh))
+    story = Story(start, reports, first, pieces_of(engine), (float(held_out[0]), float(held_out[1])))
+    engine.close()
+    return story
+
+
+def tell_all(cases: list[Case]) -> list[Story]:
+    return [tell(case) for case in cases]
+
+
+@cache
+def one(tied: bool) -> Story:
+    return tell(dataclasses.replace(ONE, tied=tied))
+
+
+def assert_equal(case: Case, stories: list[Story]) -> None:
+    expected = one(case.tied)
+    for story in stories:
+        assert [r[:2] for r in story.reports] == [pytest.approx(r[:2], rel=1e-5) for r in expected.reports], case
+        assert [r[2] for r in story.reports] == [pytest.approx(r[2], rel=1e-5) for r in expected.reports], case
+        assert story.held_out == pytest.approx(expected.held_out, rel=1e-5), case
+    start, first, end = (assembled([getattr(s, part) for s in stories]) for part in ("start", "first", "end"))
+    for key, tensor in assembled([expected.start]).items():
+        assert torch.equal(start[key], tensor), f"{case}: {key} does not start from the same bits"
+    for key, tensor in assembled([expected.first]).items():
+        assert distance(first[key], tensor) < 1e-4, f"{case}: {key} after one step"
+    for key, tensor in assembled([expected.end]).items():
+        assert distance(end[key], tensor) < 1e-4, f"{case}: {key} at the end"
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+
+
+PLAIN = [
+    *(Case(schedule) for schedule in SCHEDULES),
+    Case("gpipe", tied=False, stages=(1, 4), micro_batch=3),
+    Case("1f1b", recompute="full", micro_batch=2),
+    Case("zbv", tied=False, recompute="selective"),
+]
+
+
+def test_plain_pipelines_equal_one_process():
+    cases = [c for c in PLAIN if ROWS % c.micro_batch == 0]
+    told = run(tell_all, 2, cases)
+    for case, *stories in zip(cases, *told, strict=True):
+        assert_equal(case, stories)
