@@ -37,6 +37,12 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or does not fit the run."""
 
 
+class FailedCheckpointError(CheckpointError):
+    """A checkpoint that is damaged, or could not be written or read: the call was right, and something failed."""
+
+    exit_code = EXIT_FAILURE
+
+
 class RunError(UserError):
     """A run that cannot go on although its configuration is sound (for example: too many non-finite steps)."""
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatrain.base.errors import CheckpointError
+from megatrain.base.errors import CheckpointError, FailedCheckpointError
 from megatrain.base.log import log, warn
 from megatrain.checkpoint.compare import differences, some
 from megatrain.checkpoint.config import Keep
@@ -29,8 +29,9 @@ from megatrain.checkpoint.exchange import Exchange
 from megatrain.checkpoint.lease import Lease, run_identity
 from megatrain.checkpoint.manifest import COMMIT, MANIFEST, decode, digest_of, encode
 from megatrain.checkpoint.origin import origin
-from megatrain.checkpoint.read import Commit, Reader, candidates, folder_of, unmarked
+from megatrain.checkpoint.read import Commit, Reader, candidates, find, folder_of, unmarked
 from megatrain.checkpoint.remote import open_storage
+from megatrain.checkpoint.retention import discard, retire, sweep
 from megatrain.checkpoint.storage import Storage, no_room, refusal
 from megatrain.checkpoint.write import Fault, HostCopy, assemble, write_files
 from megatrain.parallel.mesh import ALONE, Axis
@@ -136,7 +137,7 @@ class Checkpoints:
 
         Args:
             state: where the run stands, as JSON values; the same on every rank.
-            facts: what the run is, as JSON values: config, tokenizer (its fingerprint), lineage.
+            facts: what the run is, as JSON values: config, tokenizer (its fingerprint), lineage, score (held-out loss).
             asynchronous: write in a thread, and let the caller train on.
 
         Raises:
@@ -193,19 +194,19 @@ class Checkpoints:
         try:
             self._on_rank_0(lambda: self._commit(step, folder, staging, state, facts, reports))
         except CheckpointError:
-            self._on_rank_0(lambda: self._discard(staging))
+            self._on_rank_0(lambda: discard(self.storage, staging))
             raise
         self.committed = step
         if self.rank == 0:
             log("saved step %d to %s", step, self.storage.describe(folder))
-            self._retire()
+            retire(self.storage, self.keep, self._fault)
 
     def _prepare(self, folder: str, needed: int) -> str:
         """The empty staging folder of a save that may go on."""
         self._check_lease()
         staging = self.storage.staging(folder)
         try:
-            self._sweep()
+            sweep(self.storage)
             free = self.storage.free_bytes()
             if free is not None and free < needed:
                 raise no_room(self.storage, needed, free)
@@ -232,7 +233,7 @@ class Checkpoints:
         self, step: int, folder: str, staging: str, state: Any, facts: dict[str, Any], reports: list[dict[str, Any]]
     ) -> None:
         if problems := [report["problem"] for report in reports if "problem" in report]:
-            raise CheckpointError(problems[0])
+            raise FailedCheckpointError(problems[0])
         text = encode(step, state, facts, *assemble(report["written"] for report in reports))
         decode(text, f"the manifest of step {step}")  # refuses what the slices of all ranks left out or wrote twice
         try:
@@ -248,43 +249,14 @@ class Checkpoints:
             raise refusal(error, f"committing step {step}", self.storage) from None
         self._fault("after the rename")
         with contextlib.suppress(OSError):  # for people; no reader trusts it
-            self.storage.hint("latest", f"{folder}\n")
+            self.storage.hint("latest", f"{folder}\n".encode())
 
-    def _discard(self, staging: str) -> None:
+    def keep_beside(self, name: str, content: bytes) -> None:
+        """Put a small file beside the commits; one rank calls it."""
         try:
-            self.storage.delete(staging, COMMIT)
+            self.storage.hint(name, content)
         except OSError as error:
-            warn("%s could not be removed: %s", self.storage.describe(staging), error)
-
-    # -------------------------------------------------------------------------------------------- keeping
-
-    def _retire(self) -> None:
-        """Delete the commits that `keep` does not keep; that it fails is no reason to end a run."""
-        try:
-            whole = {}
-            for step, folder in candidates(self.storage):
-                try:
-                    Commit.open(self.storage, folder)
-                except CheckpointError as error:
-                    warn("%s", error)
-                else:
-                    whole[step] = folder
-            for step in self.keep.superfluous(list(whole)):
-                self._fault("before a deletion")
-                self.storage.delete(whole[step], COMMIT)
-                self._fault("after a deletion")
-        except OSError as error:
-            warn("old checkpoints in %s could not be removed: %s", self.storage.describe(), error)
-
-    def _sweep(self) -> None:
-        """Remove what saves and deletions that were cut off have left behind; a commit gets its name back."""
-        for step, folder in candidates(self.storage):
-            if folder != folder_of(step):
-                self.storage.publish(folder, folder_of(step))
-        whole = {folder for _, folder in candidates(self.storage)}
-        for folder in self.storage.folders():
-            if folder.startswith(".step-") and folder not in whole:
-                self._discard(folder)
+            raise refusal(error, f"writing {name}", self.storage) from None
 
     # -------------------------------------------------------------------------------------------- taking up
 
@@ -311,25 +283,52 @@ class Checkpoints:
         """
         found = self._on_rank_0(self._candidates)
         for _, folder in found:
-            commit, problem = self._look(folder)
-            views = self._exchange.all({"digest": commit and commit.digest, "problem": problem})
-            problems = [view["problem"] for view in views if view["problem"]] or [
-                f"rank {rank} sees another checkpoint in {self.storage.describe(folder)} than rank 0 does"
+            commit, refused = self._look(folder)
+            views = self._exchange.all({"digest": commit and commit.digest, "refused": refused and _plain(refused)})
+            problems = [_error(view["refused"]) for view in views if view["refused"]] or [
+                CheckpointError(
+                    f"rank {rank} sees another checkpoint in {self.storage.describe(folder)} than rank 0 does"
+                )
                 for rank, view in enumerate(views)
                 if view["digest"] != views[0]["digest"]
             ]
             if commit and not problems:
                 damage = commit.damage(self.rank, self._exchange.size)
-                problems = [sentence for share in self._exchange.all(damage) for sentence in share]
+                problems = [FailedCheckpointError(found) for share in self._exchange.all(damage) for found in share]
                 if not problems:
                     return commit
             if not fallback:
-                raise CheckpointError("\n".join(problems))
+                raise type(problems[0])("\n".join(map(str, problems)))
             if self.rank == 0:
                 warn("%s; the checkpoint before it is taken", problems[0])
         if found:
-            raise CheckpointError(f"all {len(found)} checkpoints in {self.storage.describe()} are damaged: restore one")
+            where = self.storage.describe()
+            raise FailedCheckpointError(f"all {len(found)} checkpoints in {where} are damaged: restore one")
         return None
+
+    def open(self, place: str | Path, states: Callable[[str], bool]) -> Commit:
+        """Another run's checkpoint, the same on every rank; the wanted `states` checked by all ranks together.
+
+        Raises:
+            CheckpointError: there is none, or ranks see different ones.
+            FailedCheckpointError: it is damaged.
+        """
+        folder, digest = self._on_rank_0(lambda: _place_of(find(place, check=False)))
+        commit, refused = None, None
+        try:
+            commit = find(folder, check=False)
+            if commit.digest != digest:
+                raise CheckpointError(f"rank {self.rank} sees another checkpoint in {folder} than rank 0 does")
+        except CheckpointError as error:
+            refused = _plain(error)
+        for told in self._exchange.all(refused):
+            if told:
+                raise _error(told)
+        assert commit is not None
+        damage = commit.damage(self.rank, self._exchange.size, states)
+        if problems := [found for share in self._exchange.all(damage) for found in share]:
+            raise FailedCheckpointError("\n".join(problems))
+        return commit
 
     def load(self, reader: Reader, holder: Holder, states: Callable[[str], bool] = lambda state: True) -> None:
         """Fill the holder's slices, on all ranks, from a commit of any layout.
@@ -346,14 +345,14 @@ class Checkpoints:
         if problems := differences(reader.shapes("weights"), model):
             where = self.storage.describe(reader.commit.folder)
             raise CheckpointError("\n".join([f"{where} is not of this model:", *problems]))
-        problem = None
+        refused = None
         try:
             holder.load(reader.fill, states)
         except CheckpointError as error:
-            problem = str(error)
-        parts = self._exchange.all({"used": sorted(reader.used), "problem": problem})
-        if problems := [part["problem"] for part in parts if part["problem"]]:
-            raise CheckpointError(problems[0])
+            refused = _plain(error)
+        parts = self._exchange.all({"used": sorted(reader.used), "refused": refused})
+        for told in (part["refused"] for part in parts if part["refused"]):
+            raise _error(told)
         used = {tuple(key) for part in parts for key in part["used"]}
         wanted = {key for key in reader.manifest.tensors if states(key[0])}
         if left := sorted(f"{state} of {name}" for state, name in wanted - used):
@@ -369,15 +368,15 @@ class Checkpoints:
             warn("%s has no %s and is not taken: it was never whole, or lost it", self.storage.describe(folder), COMMIT)
         return candidates(self.storage)
 
-    def _look(self, folder: str) -> tuple[Commit | None, str | None]:
+    def _look(self, folder: str) -> tuple[Commit | None, CheckpointError | None]:
         """The commit as this rank sees it, or why it cannot be used."""
         try:
             commit = Commit.open(self.storage, folder)
         except CheckpointError as error:
-            return None, str(error)
+            return None, error
         theirs = commit.manifest.facts.get("run")
         if self.run is not None and theirs is not None and theirs != self.run:
-            return None, (
+            return None, CheckpointError(
                 f"{self.storage.describe(folder)} belongs to another run ({theirs}, this directory is of {self.run}): "
                 "move it away, or name it in checkpoint.init_from"
             )
@@ -390,11 +389,24 @@ class Checkpoints:
             try:
                 answer = {"value": do()}
             except CheckpointError as error:
-                answer = {"problem": str(error)}
+                answer = _plain(error)
             except Exception as error:
-                self._exchange.broadcast({"problem": f"rank 0 failed: {error!r}"})
+                self._exchange.broadcast(_plain(FailedCheckpointError(f"rank 0 failed: {error!r}")))
                 raise
         answer = self._exchange.broadcast(answer)
         if "problem" in answer:
-            raise CheckpointError(answer["problem"])
+            raise _error(answer)
         return answer["value"]
+
+
+def _place_of(commit: Commit) -> tuple[str, str]:
+    return commit.storage.describe(commit.folder), commit.digest
+
+
+def _plain(error: CheckpointError) -> dict[str, Any]:
+    """An error as JSON values, for the other ranks."""
+    return {"problem": str(error), "failed": isinstance(error, FailedCheckpointError)}
+
+
+def _error(told: dict[str, Any]) -> CheckpointError:
+    return (FailedCheckpointError if told["failed"] else CheckpointError)(told["problem"])

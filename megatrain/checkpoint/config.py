@@ -1,6 +1,6 @@
 """The `checkpoint` section of a run file."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,6 +13,8 @@ class Keep:
     """The newest n. At least 2, so that a damaged one leaves another."""
     every: int | None = None
     """Also every commit whose step is a multiple of this."""
+    best: int = 0
+    """Also the n with the lowest held-out loss, of those that were saved at a step with an evaluation."""
 
     def problems(self) -> list[str]:
         found = []
@@ -20,12 +22,22 @@ class Keep:
             found.append(f"last={self.last}: at least 2 are kept, so that a damaged checkpoint leaves another")
         if self.every is not None and self.every < 1:
             found.append(f"every={self.every}: it must be at least 1 step, or left out")
+        if self.best < 0:
+            found.append(f"best={self.best}: it counts commits, so 0 or more")
         return found
 
-    def superfluous(self, steps: Sequence[int]) -> list[int]:
-        """Those of the committed `steps` that may go, oldest first."""
-        newest = sorted(steps)[-self.last :]
-        return [s for s in sorted(steps) if s not in newest and not (self.every and s % self.every == 0)]
+    def superfluous(self, scores: Mapping[int, float | None]) -> list[int]:
+        """The committed steps that may go, oldest first.
+
+        Args:
+            scores: held-out loss of each committed step; None where it was not measured. The earlier of two equals
+                stays.
+        """
+        newest = sorted(scores)[-self.last :]
+        measured = sorted((score, step) for step, score in scores.items() if score is not None)
+        best = [step for _, step in measured[: self.best]]
+        every = [step for step in scores if self.every and step % self.every == 0]
+        return sorted(set(scores).difference(newest, best, every))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +46,9 @@ class Checkpoint:
 
     every: int | None = None
     """Steps between saves; without it only the end of the run is saved (and a preemption)."""
+    dir: str | None = None
+    """A folder or a URL (s3://bucket/runs) under which this run's commits lie, as DIR/NAME/step-...; in the run's own
+    folder by default."""
     keep: Keep = field(default_factory=Keep)
     async_: bool = True
     """Write while training goes on; the step waits only for the copy to host memory."""

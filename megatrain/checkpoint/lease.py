@@ -15,7 +15,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from megatrain.base.errors import CheckpointError
+from megatrain.base.errors import CheckpointError, FailedCheckpointError
 from megatrain.base.files import fsync_folder
 from megatrain.base.log import log
 
@@ -69,11 +69,11 @@ class Lease:
     def check(self) -> None:
         """
         Raises:
-            CheckpointError: this job is not, or no longer, the holder.
+            FailedCheckpointError: this job is not, or no longer, the holder.
         """
         held = _numbers(self.folder)
         if not held or held[-1] != self.number:
-            raise CheckpointError(
+            raise FailedCheckpointError(
                 f"this job's lease {self.number} on {self.folder.parent} was lost "
                 f"(now {f'{held[-1]} holds it' if held else 'the lease folder is gone'}): another job may be writing; "
                 "it must not commit"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatrain.base.errors import CheckpointError
+from megatrain.base.errors import CheckpointError, FailedCheckpointError
 from megatrain.checkpoint.tensorfile import DTYPES
 from megatrain.parallel.shard import Box
 
@@ -117,7 +117,7 @@ def decode(text: bytes, where: str) -> Manifest:
         if not _count(step) or not isinstance(facts, dict):
             raise ValueError("step or facts are missing")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{where} is damaged: {error or 'nested too deep'}") from None
+        raise FailedCheckpointError(f"{where} is damaged: {error or 'nested too deep'}") from None
     return Manifest(step, value["state"], facts, files, tensors, digest_of(text))
 
 

@@ -2,14 +2,14 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatrain.base.errors import CheckpointError, did_you_mean
+from megatrain.base.errors import CheckpointError, ConfigError, FailedCheckpointError, did_you_mean
 from megatrain.checkpoint.manifest import (
     COMMIT,
     MANIFEST,
@@ -23,6 +23,7 @@ from megatrain.checkpoint.manifest import (
 from megatrain.checkpoint.remote import open_storage
 from megatrain.checkpoint.storage import Storage
 from megatrain.checkpoint.tensorfile import DTYPE_NAMES
+from megatrain.config.source import read as read_config
 from megatrain.parallel.shard import Box, Slice
 
 BLOCK_BYTES = 64 * 2**20
@@ -60,7 +61,7 @@ class Commit:
     def open(cls, storage: Storage, folder: str) -> "Commit":
         """
         Raises:
-            CheckpointError: the manifest is not the one that was committed, or a file is missing or has another size.
+            FailedCheckpointError: the manifest is not the committed one, or a file is missing or has another size.
         """
         try:
             manifest = _committed_manifest(storage, folder)
@@ -68,13 +69,13 @@ class Commit:
                 path = f"{folder}/{file.name}"
                 size = storage.size(path)
                 if size is None:
-                    raise CheckpointError(f"{storage.describe(path)} is missing: {_REMEDY}")
+                    raise FailedCheckpointError(f"{storage.describe(path)} is missing: {_REMEDY}")
                 if size != file.bytes:
-                    raise CheckpointError(
+                    raise FailedCheckpointError(
                         f"{storage.describe(path)} has {size} bytes and was written with {file.bytes}: {_REMEDY}"
                     )
         except OSError as error:
-            raise CheckpointError(f"{storage.describe(folder)} cannot be read: {error}") from None
+            raise FailedCheckpointError(f"{storage.describe(folder)} cannot be read: {error}") from None
         return cls(storage, folder, manifest)
 
     @property
@@ -86,12 +87,12 @@ class Commit:
         """The manifest's digest: two commits with the same one hold the same bits."""
         return self.manifest.digest
 
-    def damage(self, rank: int = 0, size: int = 1) -> list[str]:
+    def damage(self, rank: int = 0, size: int = 1, states: Callable[[str], bool] = lambda state: True) -> list[str]:
         """What is wrong with the bytes on disk, a sentence for each; `rank` of `size` checks its share.
 
-        The shares of all ranks together are every byte of every file.
+        The shares of all ranks together are every byte of every file, or of the headers and the wanted `states`.
         """
-        parts = list(self._parts())
+        parts = list(self._parts(states))
         total = sum(end - begin for _, begin, end, _, _ in parts)
         problems, at = [], 0
         for file, begin, end, expected, what in parts:
@@ -117,11 +118,11 @@ class Commit:
         """
         return Reader(self, cast)
 
-    def _parts(self) -> Iterator[tuple[str, int, int, str, str]]:
+    def _parts(self, states: Callable[[str], bool]) -> Iterator[tuple[str, int, int, str, str]]:
         """(file, begin, end, digest, what it is) of everything that has a digest, in the order of the files."""
         found = [(f.name, 0, f.header_bytes, f.header_digest, "its header") for f in self.manifest.files.values()]
         for (state, name), tensor in self.manifest.tensors.items():
-            for s in tensor.slices:
+            for s in tensor.slices if states(state) else ():
                 end = s.begin + s.box.numel * tensor.dtype.itemsize
                 found.append((s.file, s.begin, end, s.digest, f"{state}/{name}"))
         yield from sorted(found)
@@ -139,20 +140,20 @@ _REMEDY = "restore it, or take the commit before (checkpoint.fallback=true in tr
 def _committed_manifest(storage: Storage, folder: str) -> Manifest:
     path, marker = f"{folder}/{MANIFEST}", f"{folder}/{COMMIT}"
     if storage.size(marker) is None:
-        raise CheckpointError(f"{storage.describe(folder)} has no {COMMIT}: it was never written to its end")
+        raise FailedCheckpointError(f"{storage.describe(folder)} has no {COMMIT}: it was never written to its end")
     committed = bytes(storage.read(marker, 0, 128))
     if not re.fullmatch(rb"[0-9a-f]{64}\n", committed):
-        raise CheckpointError(f"{storage.describe(marker)} is damaged: it holds no digest; {_REMEDY}")
+        raise FailedCheckpointError(f"{storage.describe(marker)} is damaged: it holds no digest; {_REMEDY}")
     expected = committed.decode().strip()
     size = storage.size(path)
     if size is None:
-        raise CheckpointError(f"{storage.describe(path)} is missing: {_REMEDY}")
+        raise FailedCheckpointError(f"{storage.describe(path)} is missing: {_REMEDY}")
     if size > MAX_MANIFEST_BYTES:
-        raise CheckpointError(f"{storage.describe(path)} has {size} bytes: at most {MAX_MANIFEST_BYTES} are read")
+        raise FailedCheckpointError(f"{storage.describe(path)} has {size} bytes: at most {MAX_MANIFEST_BYTES} are read")
     text = bytes(storage.read(path, 0, size))
     if (found := digest_of(text)) != expected:
         where = f"{storage.describe(path)} has digest {found} and {COMMIT} says {expected}"
-        raise CheckpointError(f"{where}: one of them is damaged; {_REMEDY}")
+        raise FailedCheckpointError(f"{where}: one of them is damaged; {_REMEDY}")
     return decode(text, storage.describe(path))
 
 
@@ -265,7 +266,7 @@ class Reader:
                 end = begin + ((n_rows - 1) * width + n_columns) * item
                 data = self.commit.storage.read(path, begin, end)
                 if len(data) != end - begin:
-                    raise CheckpointError(f"{self.commit.storage.describe(path)} was cut off while it was read")
+                    raise FailedCheckpointError(f"{self.commit.storage.describe(path)} was cut off while it was read")
                 flat = torch.frombuffer(bytearray(data) if isinstance(data, bytes) else data, dtype=dtype)
                 block = flat.as_strided((n_rows, n_columns), (width, 1))
                 out[row : row + n_rows, column : column + n_columns].copy_(block)
@@ -290,14 +291,20 @@ def _in_matrix(slice: Slice, width: int) -> Iterator[tuple[Box, Tensor]]:
             at += numel
 
 
-def find(place: str | Path, check: bool = True) -> Commit:
+def only_weights(state: str) -> bool:
+    """What is wanted of a checkpoint that is used and not resumed."""
+    return state == "weights"
+
+
+def find(place: str | Path, check: bool = True, states: Callable[[str], bool] = lambda state: True) -> Commit:
     """The checkpoint that a path or URL means: a step's folder, or a run's (then its newest).
 
     Args:
-        check: every byte against its digest; needed before values are used.
+        check: the wanted `states` against their digests, byte by byte; needed before values are used.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none.
+        FailedCheckpointError: it is damaged.
     """
     text = str(place).rstrip("/")
     inside = open_storage(text)
@@ -305,11 +312,24 @@ def find(place: str | Path, check: bool = True) -> Commit:
         parent, _, name = text.rpartition("/")
         commit = Commit.open(open_storage(parent or ("/" if text.startswith("/") else ".")), name)
     else:
-        within = open_storage(f"{text}/checkpoints")
-        storage = next((s for s in (within, inside) if candidates(s)), None)
+        within = [open_storage(place) for place in (f"{text}/checkpoints", *_told_by_its_run(text))]
+        storage = next((s for s in (*within, inside) if candidates(s)), None)
         if storage is None:
             raise CheckpointError(f"{place} holds no checkpoint: name a run's folder or one of its step-... folders")
         commit = Commit.open(storage, candidates(storage)[0][1])
-    if check and (problems := commit.damage()):
-        raise CheckpointError(problems[0])
+    if check and (problems := commit.damage(states=states)):
+        raise FailedCheckpointError(problems[0])
     return commit
+
+
+def _told_by_its_run(folder: str) -> list[str]:
+    """Where the run that lives in `folder` keeps its checkpoints, if that is elsewhere (`checkpoint.dir`)."""
+    config = Path(folder) / "config.yaml"
+    if "://" in folder or not config.is_file():
+        return []
+    try:
+        said = read_config(config).plain()
+        place = said["checkpoint"]["dir"]
+        return [f"{place.rstrip('/')}/{said['name']}"] if place else []
+    except (ConfigError, KeyError, TypeError, AttributeError):
+        return []  # not a run's

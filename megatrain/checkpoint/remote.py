@@ -44,16 +44,17 @@ class RemoteStorage:
                     file.write(chunk)
             except BaseException:
                 with contextlib.suppress(Exception):
-                    file.discard()  # closing it would complete the object
+                    file.discard()  # closing it would complete the object,
+                    file.closed = True  # and so would its finaliser
                 raise
             file.close()
 
     def publish(self, staging: str, folder: str) -> None:
         pass  # the COMMIT that was written last has done it
 
-    def hint(self, name: str, text: str) -> None:
+    def hint(self, name: str, content: bytes) -> None:
         with _as_os_error():
-            self._fs.pipe_file(self._path(name), text.encode())
+            self._fs.pipe_file(self._path(name), content)
 
     def folders(self) -> list[str]:
         with _as_os_error():

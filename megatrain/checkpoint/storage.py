@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-from megatrain.base.errors import CheckpointError
+from megatrain.base.errors import FailedCheckpointError
 from megatrain.base.files import fsync_folder
 
 Bytes = bytes | bytearray | memoryview
@@ -41,7 +41,7 @@ class Storage(Protocol):
         """Make what was written to `staging` appear as `folder`, instead of an older one of that name."""
         ...
 
-    def hint(self, name: str, text: str) -> None:
+    def hint(self, name: str, content: bytes) -> None:
         """A small file that is replaced as a whole."""
         ...
 
@@ -105,9 +105,10 @@ class LocalStorage:
         fsync_folder(self.root)
         shutil.rmtree(old, ignore_errors=True)
 
-    def hint(self, name: str, text: str) -> None:
+    def hint(self, name: str, content: bytes) -> None:
         aside = self.root / f".{name}.partial"  # one name, so that what a crash leaves is overwritten
-        aside.write_text(text, encoding="utf-8")
+        self.root.mkdir(parents=True, exist_ok=True)
+        aside.write_bytes(content)
         os.replace(aside, self.root / name)
 
     def folders(self) -> list[str]:
@@ -158,7 +159,7 @@ class LocalStorage:
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
-def refusal(error: OSError, doing: str, storage: Storage, needed: int | None = None) -> CheckpointError:
+def refusal(error: OSError, doing: str, storage: Storage, needed: int | None = None) -> FailedCheckpointError:
     """An error of the file system as a sentence; a full disk with the bytes that are needed and free."""
     if error.errno in NO_ROOM:
         free = None
@@ -166,14 +167,14 @@ def refusal(error: OSError, doing: str, storage: Storage, needed: int | None = N
             free = storage.free_bytes()
         return no_room(storage, needed, free)
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return CheckpointError(
+        return FailedCheckpointError(
             f"{doing} failed, {storage.describe()} may not be written to ({error}): make it writable"
         )
-    return CheckpointError(f"{doing} failed: {error}")
+    return FailedCheckpointError(f"{doing} failed: {error}")
 
 
-def no_room(storage: Storage, needed: int | None, free: int | None) -> CheckpointError:
-    return CheckpointError(
+def no_room(storage: Storage, needed: int | None, free: int | None) -> FailedCheckpointError:
+    return FailedCheckpointError(
         f"no room for a checkpoint in {storage.describe()}: "
         f"{needed if needed is not None else 'more'} bytes are needed and {free if free is not None else 'too few'} "
         "are free; make room, or lower checkpoint.keep.last"

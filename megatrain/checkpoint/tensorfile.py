@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatrain.base.errors import CheckpointError
+from megatrain.base.errors import FailedCheckpointError
 
 DTYPES = {
     "F64": torch.float64,
@@ -66,14 +66,16 @@ def header_length(first_bytes: bytes, file_bytes: int, where: str) -> int:
     """The header's length from the first 8 bytes of a file.
 
     Raises:
-        CheckpointError: it cannot be true, or it is larger than any header may be.
+        FailedCheckpointError: it cannot be true, or it is larger than any header may be.
     """
     if len(first_bytes) < 8:
-        raise CheckpointError(f"{where} has {file_bytes} bytes: it is cut off, a safetensors file has at least 10")
+        raise FailedCheckpointError(
+            f"{where} has {file_bytes} bytes: it is cut off, a safetensors file has at least 10"
+        )
     (length,) = struct.unpack("<Q", first_bytes[:8])
     allowed = min(MAX_HEADER_BYTES, file_bytes - 8)
     if not 2 <= length <= allowed:
-        raise CheckpointError(
+        raise FailedCheckpointError(
             f"{where} claims a header of {length} bytes: at most {allowed} are possible; it is damaged"
         )
     return length
@@ -86,7 +88,7 @@ def decode_header(text: bytes, data_bytes: int, where: str) -> tuple[dict[str, E
         data_bytes: bytes in the file after the header; the tensors must fill them exactly.
 
     Raises:
-        CheckpointError: anything in it is not as the format says.
+        FailedCheckpointError: anything in it is not as the format says.
     """
     try:
         table = json.loads(text, object_pairs_hook=_without_duplicates)
@@ -104,7 +106,7 @@ def decode_header(text: bytes, data_bytes: int, where: str) -> tuple[dict[str, E
         if at != data_bytes:
             raise ValueError(f"the tensors end at byte {at} and the file at {data_bytes}")
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is damaged: {error or 'nested too deep'}") from None
+        raise FailedCheckpointError(f"{where} is damaged: {error or 'nested too deep'}") from None
     return entries, metadata
 
 

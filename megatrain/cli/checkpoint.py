@@ -85,7 +85,7 @@ def diff(a: str, b: str, as_json: bool) -> None:
 @command.command(short_help="Check every byte against its digest.")
 @click.argument("checkpoint")
 def verify(checkpoint: str) -> None:
-    """Check CHECKPOINT's files against the digests taken when it was written; names what is damaged, and exits 2.
+    """Check CHECKPOINT's files against the digests taken when it was written; names what is damaged, and exits 1.
 
     \b
     megatrain checkpoint verify runs/tiny

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatrain.base.errors import CheckpointError, ConfigError, did_you_mean
+from megatrain.base.errors import CheckpointError, ConfigError, FailedCheckpointError, did_you_mean
 from megatrain.base.files import sha256_of, write_json
 from megatrain.base.log import log
 from megatrain.checkpoint.compare import differences
@@ -308,7 +308,7 @@ def _proven(
         failed = out.with_name(f"{out.name}.failed")
         shutil.rmtree(failed, ignore_errors=True)
         out.rename(failed)
-        raise CheckpointError(
+        raise FailedCheckpointError(
             f"the logits of {source} and of what was made of it differ by {report.largest_difference:.3g} (the largest "
             f"is {report.largest_logit:.3g}, {TOLERANCE:g} of it is allowed): see {failed}, and do not use it"
         )

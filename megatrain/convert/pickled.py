@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatrain.base.errors import CheckpointError
+from megatrain.base.errors import CheckpointError, FailedCheckpointError
 from megatrain.checkpoint.storage import LocalStorage
 
 MAX_PICKLE_BYTES = 64 * 2**20
@@ -86,9 +86,9 @@ def load_pickled(path: str | Path) -> Any:
     except CheckpointError:
         raise
     except (OSError, zipfile.BadZipFile, EOFError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+        raise FailedCheckpointError(f"{path} cannot be read: {error}") from None
     except Exception as error:  # a damaged pickle fails in any way
-        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+        raise FailedCheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
 
 class _Unpickler(pickle.Unpickler):
@@ -129,7 +129,7 @@ class _Unpickler(pickle.Unpickler):
         entry = self.entries[f"{self.prefix}data/{key}"]
         dtype = dtype if isinstance(dtype, torch.dtype) else torch.uint8
         if kind != "storage" or entry.compress_type != zipfile.ZIP_STORED or numel * dtype.itemsize != entry.file_size:
-            raise CheckpointError(f"{self.path} is damaged: its storage {key} is not as it is described")
+            raise FailedCheckpointError(f"{self.path} is damaged: its storage {key} is not as it is described")
         # The local header repeats the name and has an extra field of its own length before the bytes.
         local = bytes(self.storage.read(self.path.name, entry.header_offset, entry.header_offset + 30))
         begin = (

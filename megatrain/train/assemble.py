@@ -17,7 +17,8 @@ from megatrain.base.units import show_count
 from megatrain.checkpoint.checkpoints import Checkpoints
 from megatrain.checkpoint.exchange import Exchange
 from megatrain.checkpoint.origin import revision, versions
-from megatrain.checkpoint.read import Commit, find
+from megatrain.checkpoint.read import Commit, only_weights
+from megatrain.checkpoint.retention import SCORE
 from megatrain.cluster.identity import Identity, identity_of
 from megatrain.cluster.start import connected, lost_peer
 from megatrain.data.feed import held_out
@@ -86,7 +87,7 @@ class Session:
         self.folder = RunFolder(run.folder)
         self.folder.make()
         self.checkpoints = Checkpoints(
-            self.folder.checkpoints,
+            run.commits,
             self.mesh.axis("world"),
             keep=run.checkpoint.keep,
             go_on=run.checkpoint.failed_save == "go_on",
@@ -123,9 +124,9 @@ class Session:
             self.engine.load_scalars(reader.state["engine"])
             self.state.restore(reader.state["run"])
         elif self.run.checkpoint.init_from:
-            source = find(self.run.checkpoint.init_from)
+            source = self.checkpoints.open(self.run.checkpoint.init_from, only_weights)
             refuse_other_tokenizer(source, self.tokenizer.fingerprint, acknowledge)
-            self.checkpoints.load(source.reader(cast=True), self.engine, states=lambda state: state == "weights")
+            self.checkpoints.load(source.reader(cast=True), self.engine, states=only_weights)
             log("weights are those of %s (step %d)", self.run.checkpoint.init_from, source.step)
 
     def _prepare_folder(self, commit: Commit | None) -> None:
@@ -134,6 +135,8 @@ class Session:
         if tokenizer is not None:
             with written_whole(self.folder.path / TOKENIZER, "wb") as file:
                 file.write(tokenizer)
+            if self.run.checkpoint.dir is not None:
+                self.checkpoints.keep_beside(TOKENIZER, tokenizer)
         self.folder.rewind_metrics(0 if commit is None else commit.step)  # it may have been killed before any commit
         if commit is None:
             self.folder.note("started", 0, facts=self.facts())
@@ -148,7 +151,7 @@ class Session:
             log("no held-out loss: not every data set has a held-out split")
             return []
         self.held_out_bytes_per_token = HeldOut(run.data).bytes_per_token
-        cp = self.mesh.axis("cp")
+        cp = run.layout.context(self.mesh)
         batches = held_out(
             run.data,
             global_batch=run.train.global_batch,
@@ -327,8 +330,8 @@ class Session:
             "bits_per_byte": round(loss / math.log(2) / self.held_out_bytes_per_token, 6),
         }
 
-    def save(self) -> None:
-        """A checkpoint of the state as it is."""
+    def save(self, held_out_loss: float | None = None) -> None:
+        """A checkpoint of the state as it is, of which this is the held-out loss if it was measured."""
         if self.checkpoints.committed == self.state.step:
             return
         state = {"run": self.state.saved(), "engine": self.engine.scalars()}
@@ -336,7 +339,7 @@ class Session:
             "fingerprint": self.tokenizer.fingerprint,
             "end_of_document": self.tokenizer.end_of_document,
         }
-        facts = {"config": self.run.shown(), "tokenizer": tokenizer, "lineage": self.lineage}
+        facts = {"config": self.run.shown(), "tokenizer": tokenizer, "lineage": self.lineage, SCORE: held_out_loss}
         self.checkpoints.save(
             self.state.step, self.engine.slices(), state, facts, asynchronous=self.run.checkpoint.async_
         )

@@ -42,13 +42,25 @@ def problems_of(run: Run, world: int) -> list[str]:
         n_layers=run.model.n_layers,
         tied=run.model.tie_embeddings,
     )
-    found += run.model.layout_problems(run.layout.tp, run.layout.cp)
+    found += run.model.layout_problems(run.layout.tp, run.layout.cp, run.layout.cp_kind)
     found += unmatched(run.model.n_layers, run.layout.recompute)
     found += run.schedule.unsupported_reasons(run.total_steps)
+    found += retention_problems(run)
     if not found:
         dp = run.layout.mesh(world).axis("dp").size
         found += run.data.all_problems(run.train.global_batch, dp)
     return found
+
+
+def retention_problems(run: Run) -> list[str]:
+    """Why the best commits cannot be told."""
+    best, every, evaluated = run.checkpoint.keep.best, run.checkpoint.every or 0, run.train.eval_every
+    if best and not (evaluated and every and every % evaluated == 0):
+        return [
+            f"checkpoint.keep.best={best} goes by the held-out loss at the steps that are saved, and "
+            f"checkpoint.every={every or 'nothing'} is no multiple of train.eval_every={evaluated}: make it one"
+        ]
+    return []
 
 
 def data_problems(run: Run, tokenizer: TokenizerEntry) -> list[str]:

@@ -94,6 +94,13 @@ class Run:
         return Path(self.log.dir) / self.name
 
     @property
+    def commits(self) -> str:
+        """The folder or URL that holds the step-... folders."""
+        if self.checkpoint.dir is None:
+            return str(self.folder / "checkpoints")
+        return f"{self.checkpoint.dir.rstrip('/')}/{self.name}"
+
+    @property
     def total_steps(self) -> int:
         """Steps of the whole run; a budget of tokens is rounded up to whole steps."""
         return self.train.steps or self.data.steps(self.train.tokens or 0, self.train.global_batch)
@@ -103,6 +110,8 @@ class Run:
         found = plain(self)
         for source in found["data"]["sources"]:
             source["path"] = redacted(source["path"])
+        if found["checkpoint"]["dir"]:
+            found["checkpoint"]["dir"] = redacted(found["checkpoint"]["dir"])
         return found
 
     def problems(self) -> list[str]:

@@ -19,10 +19,6 @@ class RunFolder:
     path: Path
 
     @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 

@@ -9,6 +9,7 @@ from megatrain.checkpoint.keys import acknowledged, changed_keys
 from megatrain.checkpoint.read import Commit
 from megatrain.config.build import build, flat, plain
 from megatrain.config.source import from_plain
+from megatrain.data.store import redacted
 from megatrain.train.config import Run
 from megatrain.train.folder import RunFolder
 
@@ -17,14 +18,12 @@ def finished(run: Run) -> bool:
     """Whether the run's folder holds its last step; says so."""
     if run.checkpoint.resume == "never":
         return False
-    folder = RunFolder(run.folder)
-    if not folder.checkpoints.exists():
-        return False
-    commits = Checkpoints(folder.checkpoints).commits()
+    commits = Checkpoints(run.commits).commits()
     if not commits or commits[-1].step < run.total_steps:
         return False
     refuse_other_run(run, commits[-1].manifest.facts.get("config", {}))
-    log("%s has finished: step %d of %d is in %s", run.name, commits[-1].step, run.total_steps, folder.checkpoints)
+    where = redacted(run.commits)
+    log("%s has finished: step %d of %d is in %s", run.name, commits[-1].step, run.total_steps, where)
     return True
 
 
@@ -40,7 +39,8 @@ def commit_to_resume(run: Run, checkpoints: Checkpoints) -> Commit | None:
     if commit is None:
         if run.checkpoint.resume == "must":
             raise CheckpointError(
-                f"checkpoint.resume is must and {folder.checkpoints} holds no checkpoint: set it to auto to start anew"
+                f"checkpoint.resume is must and {redacted(run.commits)} holds no checkpoint: set it to auto to start "
+                "anew"
             )
         former = folder.read_config()
         if former is not None:
@@ -49,7 +49,7 @@ def commit_to_resume(run: Run, checkpoints: Checkpoints) -> Commit | None:
         return None
     if run.checkpoint.resume == "never":
         raise ConfigError(
-            f"checkpoint.resume is never and {folder.checkpoints} holds step {commit.step}: choose another name, "
+            f"checkpoint.resume is never and {redacted(run.commits)} holds step {commit.step}: choose another name, "
             "or set checkpoint.resume=auto"
         )
     refuse_other_run(run, commit.manifest.facts.get("config", {}))

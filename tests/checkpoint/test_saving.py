@@ -128,6 +128,21 @@ def test_the_last_and_every_kth_are_kept_and_what_is_deleted_loses_its_name_firs
     assert all(len(whole) >= 3 for point, whole in seen if point == "before a deletion")
 
 
+def test_the_best_by_held_out_loss_are_kept_beside_the_last():
+    keep = Keep(last=2, best=2)
+    scores = {1: 2.0, 2: None, 3: 1.0, 4: 2.0, 5: 3.0, 6: None, 7: 4.0}
+    assert keep.superfluous(scores) == [2, 4, 5]  # 1 was as good as 4, and earlier
+    assert Keep(last=2).superfluous(scores) == [1, 2, 3, 4, 5]
+    assert Keep(best=-1).problems() == ["best=-1: it counts commits, so 0 or more"]
+
+
+def test_scores_live_in_the_commits_so_a_resumed_run_keeps_the_best_as_well(tmp_path):
+    for step, score in enumerate([5.0, 1.0, None, 4.0, 3.0, 6.0], 1):
+        checkpoints = Checkpoints(tmp_path, keep=Keep(last=2, best=1))  # another job for each
+        checkpoints.save(step, Toy(full_tensors()).slices(), {}, {"score": score}, asynchronous=False)
+    assert steps(checkpoints) == [2, 5, 6]
+
+
 def test_saving_a_step_again_replaces_it(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 1, asynchronous=False)

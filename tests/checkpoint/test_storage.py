@@ -2,6 +2,7 @@
 
 import contextlib
 import subprocess
+import uuid
 from pathlib import Path
 
 import fsspec
@@ -17,9 +18,13 @@ from megatrain.checkpoint.storage import LocalStorage
 from tests.checkpoint.toy import Spec, Toy, full_tensors
 
 
-@pytest.fixture(params=["local", "remote"])
+@pytest.fixture(params=["local", "memory", "s3"])
 def place(request, tmp_path):
-    yield str(tmp_path / "checkpoints") if request.param == "local" else "memory://bucket/run/checkpoints"
+    if request.param == "s3":
+        bucket = request.getfixturevalue("object_store").upload(tmp_path, f"bucket-{uuid.uuid4().hex[:8]}", "run")
+        yield f"{bucket}/checkpoints"
+    else:
+        yield str(tmp_path / "checkpoints") if request.param == "local" else "memory://bucket/run/checkpoints"
     fsspec.filesystem("memory").store.clear()
     fsspec.filesystem("memory").pseudo_dirs[:] = [""]
 
@@ -42,8 +47,8 @@ def test_files_are_read_as_they_were_written(place):
         b"89",
         b"",
     ]
-    storage.hint("latest", "one")
-    storage.hint("latest", "two")
+    storage.hint("latest", b"one")
+    storage.hint("latest", b"two")
     assert bytes(storage.read("latest", 0, 99)) == b"two"
     storage.write("a/COMMIT", [b""])
     storage.delete("a", "COMMIT")

@@ -7,11 +7,12 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from megatrain.base.errors import CheckpointError
+from megatrain.base.errors import CheckpointError, FailedCheckpointError
 from megatrain.checkpoint.compare import diff, summaries
-from megatrain.checkpoint.read import find
+from megatrain.checkpoint.read import find, only_weights
 from megatrain.checkpoint.stream import average, consolidate, write_checkpoint
 from megatrain.cli.checkpoint import command
+from megatrain.cli.main import main
 from tests.checkpoint.toy import SPECS, STATES, commit_of, full_tensors, ranks_of
 
 FACTS = {"config": {"seed": 0, "model": {"d_model": 4}}, "tokenizer": "abc", "lineage": [{"step": 0}]}
@@ -83,6 +84,37 @@ def test_verify_names_the_damaged_file(tmp_path):
     file.write_bytes(file.read_bytes()[:-1] + b"\xff")
     with pytest.raises(CheckpointError, match=r"rank-00002-000.safetensors is damaged"):
         call("verify", str(tmp_path))
+
+
+def test_damage_exits_1_with_the_file_named_and_a_wrong_call_2(tmp_path, capsys):
+    commit(tmp_path, full_tensors())
+    file = tmp_path / "step-00000001" / "rank-00001-000.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    for words, code, message in [
+        (["checkpoint", "verify", str(tmp_path)], 1, "rank-00001-000.safetensors has"),
+        (["checkpoint", "inspect", str(tmp_path)], 1, "rank-00001-000.safetensors has"),
+        (["generate", str(tmp_path), "--prompt", "x"], 1, "rank-00001-000.safetensors has"),
+        (["checkpoint", "verify", str(tmp_path / "nowhere")], 2, "holds no checkpoint"),
+    ]:
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert (end.value.code, message in capsys.readouterr().err) == (code, True), words
+
+
+def test_weights_can_be_used_though_a_moment_is_damaged_and_only_then(tmp_path):
+    """What is not read need not be sound; a header always is read."""
+    stored = commit(tmp_path, full_tensors(), layout=(1, 1, False)).manifest.tensors["exp_avg", "embedding.weight"]
+    file = tmp_path / "step-00000001" / stored.slices[0].file
+    data = bytearray(file.read_bytes())
+    data[stored.slices[0].begin] ^= 1
+    file.write_bytes(data)
+    assert find(tmp_path, states=only_weights).step == 1
+    with pytest.raises(FailedCheckpointError, match=r"exp_avg/embedding.weight has digest"):
+        find(tmp_path)
+    data[8] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(FailedCheckpointError, match="its header has digest"):
+        find(tmp_path, states=only_weights)
 
 
 def test_one_file_holds_all_weights_under_their_names(tmp_path):

@@ -8,4 +8,4 @@ class Saving(Periodic):
 
     def after_step(self, record: Record) -> None:
         if self.due(record["step"]):
-            self.handle.save()
+            self.handle.save(record.get("held_out_loss"))
