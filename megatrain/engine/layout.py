@@ -1,12 +1,13 @@
 """How a model and a batch are spread over ranks: the run file's `layout` section, and what is legal in it."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megatrain.base.errors import LayoutError, did_you_mean
 from megatrain.engine.api import ENGINE, EngineCase, Precision
 from megatrain.engine.schedules import SCHEDULES, PipelinePlan, PipelineSchedule, stage_problems
 from megatrain.models.stages import Costs, balanced
+from megatrain.nn.context import CONTEXT
 from megatrain.parallel.mesh import Mesh, divisors
 
 AUTO = "auto"
@@ -23,7 +24,10 @@ class Layout:
     pp: int = 1
     """Pipeline stages."""
     cp: int = 1
-    """Context-parallel ranks, each with a part of every sequence; they exchange tokens for heads in attention."""
+    """Context-parallel ranks, each with a part of every sequence."""
+    cp_kind: str = "ring"
+    """How they attend together. ring: keys and values travel from rank to rank; ulysses: tokens are exchanged for
+    heads, which takes fewer messages and needs as many heads as ranks."""
     ep: int = 1
     """Expert-parallel ranks, each with some of the experts."""
     dp: int | None = None
@@ -70,6 +74,8 @@ class Layout:
             found.append(
                 f"engine is {self.engine!r}, which is no engine: {did_you_mean(self.engine, [AUTO, *ENGINE.kinds()])}"
             )
+        if self.cp_kind not in CONTEXT:
+            found.append(f"cp_kind is {self.cp_kind!r}: {did_you_mean(self.cp_kind, CONTEXT.kinds())}")
         if self.zero not in (None, 0, 1, 2, 3):
             found.append(f"zero={self.zero} is no stage of ZeRO: pick 0, 1, 2 or 3")
         return found
@@ -101,6 +107,10 @@ class Layout:
             return None
         counts = self.listed_stages or tuple(balanced(costs, self.pp * self.stages_a_rank))
         return PipelinePlan(self.pipeline_schedule, self.pp, self.stages_a_rank, counts)
+
+    def context(self, mesh: Mesh) -> Any:
+        """How the ranks of the cp axis attend together, for this rank of `mesh`."""
+        return CONTEXT[self.cp_kind](mesh.axis("cp"))
 
     def mesh(self, world: int) -> Mesh:
         """The mesh of `world` ranks.
@@ -196,9 +206,9 @@ def layout_problems(
             f"layout.micro_batch={layout.micro_batch} does not divide the {rows} sequences that each rank has "
             f"(train.global_batch {global_batch} / dp {dp}): pick it from {divisors(rows)}"
         )
-    if seq_len is not None and seq_len % layout.cp:
-        found.append(f"data.seq_len={seq_len} cannot be cut over cp={layout.cp}: pick cp from {divisors(seq_len)}")
-    elif layout.cuts_sequence and seq_len is not None and (seq_len // layout.cp) % layout.tp:
+    uncut = [] if seq_len is None else CONTEXT[layout.cp_kind].length_problems(seq_len, layout.cp)
+    found += uncut
+    if not uncut and layout.cuts_sequence and seq_len is not None and (seq_len // layout.cp) % layout.tp:
         found.append(
             f"data.seq_len={seq_len} / cp {layout.cp} cannot be cut over tp={layout.tp}: pick tp from "
             f"{divisors(seq_len // layout.cp)}, "

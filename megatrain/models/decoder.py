@@ -14,6 +14,8 @@ from megatrain.nn.attention import ATTENTION, AttentionCase
 from megatrain.nn.attention.causal import Causal
 from megatrain.nn.attention.layer import SelfAttention, residual_std
 from megatrain.nn.batch import Batch
+from megatrain.nn.context import CONTEXT
+from megatrain.nn.context.ring import Ring
 from megatrain.nn.dropout import Dropout, Noise
 from megatrain.nn.feed_forward import FEED_FORWARD
 from megatrain.nn.feed_forward.swiglu import SwiGLU
@@ -24,7 +26,7 @@ from megatrain.nn.position.rotary import Rotary
 from megatrain.nn.where import KeyValueCache, Where
 from megatrain.parallel.cross_entropy import linear_cross_entropy
 from megatrain.parallel.embedding import VocabParallelEmbedding, vocabulary_shard
-from megatrain.parallel.mesh import ALONE, Axis, divisors
+from megatrain.parallel.mesh import divisors
 from megatrain.parallel.product import linear
 from megatrain.parallel.shard import normal, parameter
 from megatrain.parallel.tensor import TensorParallel
@@ -105,7 +107,7 @@ class Decoder:
     def width_of_head(self) -> int:
         return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
 
-    def layout_problems(self, tp: int, cp: int = 1) -> list[str]:
+    def layout_problems(self, tp: int, cp: int = 1, cp_kind: str = "ring") -> list[str]:
         """Why this model cannot be cut over `tp` x `cp` ranks, each with what would do."""
         found = []
         for name, n in {"n_heads": self.n_heads, "d_ff": self.d_ff}.items():
@@ -129,12 +131,7 @@ class Decoder:
                 "attention.qk_norm_over=head"
             )
         if not found and cp > 1:
-            for name, n in {"n_heads": self.n_heads, "n_kv_heads": self.kv_heads}.items():
-                if (n // tp) % cp:
-                    found.append(
-                        f"model.{name}={n} leaves {n // tp} heads on a tensor-parallel rank, which cp={cp} cannot "
-                        f"share: pick cp from {divisors(n // tp)}, or change model.{name}"
-                    )
+            found += CONTEXT[cp_kind].head_problems(self.attention, self.n_heads, self.kv_heads, tp, cp)
         return found
 
     def vocabulary_problems(self, n_valid: int) -> list[str]:
@@ -169,7 +166,7 @@ class Decoder:
         n_valid: int,
         seq_len: int,
         tp: TensorParallel = TensorParallel(),  # noqa: B008 (a frozen value)
-        cp: Axis = ALONE,
+        cp: Any = Ring(),  # noqa: B008 (a frozen value)
         seed: int = 0,
         span: Span | None = None,
         first: "DecoderModel | None" = None,
@@ -178,7 +175,7 @@ class Decoder:
 
         Args:
             n_valid: size of the tokenizer's vocabulary.
-            cp: ranks that hold other tokens of the same rows.
+            cp: how ranks that hold other tokens of the same rows attend together (see nn.context).
             seq_len: longest sequence, which learned positions must know.
             seed: what dropout is drawn from.
             span: a pipeline stage of it only.
@@ -234,7 +231,7 @@ class DecoderModel(nn.Module):
         n_valid: int,
         seq_len: int,
         tp: TensorParallel,
-        cp: Axis,
+        cp: Any,
         seed: int,
         span: Span,
         first: "DecoderModel | None",
@@ -306,7 +303,8 @@ class DecoderModel(nn.Module):
             hidden: what the stage before gave; None where there is none.
         """
         whole = Where(batch.positions, batch.documents, batch.packed)
-        mask = self.choice.attention.prepare(whole)  # attention sees whole rows, whichever tokens this rank computes
+        # attention sees whole rows, whichever tokens this rank computes
+        mask = self.cp.prepare(self.choice.attention, whole)
         where = Where(batch.own(batch.positions), batch.own(batch.documents), batch.packed, mask)
         where.noise = self._noise(batch)
         hidden = self.hidden(batch.own(batch.tokens), where, hidden)
@@ -346,7 +344,7 @@ class DecoderModel(nn.Module):
         Args:
             latest: only of so many tokens at the end, [b, latest, n_valid]; a prompt's others would fill the memory.
         """
-        if self.tp.size > 1 or self.cp.size > 1:
+        if self.tp.size > 1 or self.cp.axis.size > 1:
             raise ValueError("logits are made on one rank: load the model with tp=1 and cp=1")
         hidden = self.hidden(tokens, where)
         if latest is not None:
@@ -370,13 +368,11 @@ class DecoderModel(nn.Module):
     def _noise(self, batch: Batch) -> Noise | None:
         if not (self.training and self.choice.dropout):
             return None
-        seq_len, device = batch.tokens.shape[1], batch.tokens.device
-        first, stop = batch.columns or (0, seq_len)
+        tokens = batch.token_numbers()
         if self.tp.cuts_sequence:
-            first += self.tp.axis.part(stop - first, "sequence length")[0]
-        return Noise.of(
-            self.seed, batch.step, first_row=batch.first_row, first_token=first, seq_len=seq_len, device=device
-        )
+            start, stop = self.tp.axis.part(len(tokens), "sequence length")
+            tokens = tokens[start:stop]
+        return Noise.of(self.seed, batch.step, tokens, batch.tokens.shape[1])
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile each block's forward; equal blocks share one graph, and hooks of engines stay outside of it."""

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Columns = tuple[tuple[int, int], ...]
+"""Ranges [start, stop) of the tokens of a row."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -32,8 +35,8 @@ class Batch:
     """Number of the global batch these rows are from; with `first_row` it names each element, for dropout."""
     first_row: int = 0
     """Number of the first row within the global batch."""
-    columns: tuple[int, int] | None = None
-    """Tokens [start, stop) of each row that this context-parallel rank computes; None for all."""
+    columns: Columns | None = None
+    """What of each row this context-parallel rank computes, in this order; None for all."""
     cursors: Any = None
     """Where the feed stands after this batch, as plain JSON values; saved with the run."""
 
@@ -49,20 +52,27 @@ class Batch:
             first = self.first_row + i * rows
             yield dataclasses.replace(self, first_row=first, **dict(zip(names, parts, strict=True)))
 
-    def context_part(self, start: int, stop: int) -> "Batch":
-        """The same rows, of which this rank computes tokens [start, stop): the targets of others count nothing here.
+    def context_part(self, columns: Columns) -> "Batch":
+        """The same rows, of which this rank computes the tokens of `columns`: the targets of others count nothing here.
 
         Tokens, positions and documents stay whole, since attention masks are built from them.
         """
-        if (start, stop) == (0, self.tokens.shape[1]):
+        if columns == ((0, self.tokens.shape[1]),):
             return self
         weights = torch.zeros_like(self.weights)
-        weights[:, start:stop] = self.weights[:, start:stop]
-        return dataclasses.replace(self, weights=weights, columns=(start, stop))
+        for start, stop in columns:
+            weights[:, start:stop] = self.weights[:, start:stop]
+        return dataclasses.replace(self, weights=weights, columns=columns)
 
     def own(self, x: Tensor) -> Tensor:
         """This rank's columns of x [rows, seq]."""
-        return x if self.columns is None else x[:, self.columns[0] : self.columns[1]]
+        return x if self.columns is None else torch.cat([x[:, start:stop] for start, stop in self.columns], 1)
+
+    def token_numbers(self) -> Tensor:
+        """int64 [t]: which token of the global batch each of this rank's columns is in the first row."""
+        first, device = self.first_row * self.tokens.shape[1], self.tokens.device
+        columns = self.columns or ((0, self.tokens.shape[1]),)
+        return torch.cat([torch.arange(first + start, first + stop, device=device) for start, stop in columns])
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`, copied without blocking where its memory is pinned."""

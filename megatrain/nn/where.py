@@ -56,8 +56,9 @@ class Where:
     documents: Tensor
     packed: bool = False
     """Some row may hold more than one document."""
-    mask: Tensor | None = None
-    """bool [b, 1, t, s], True where a query sees a key; None: plain causal attention over the row."""
+    mask: Any = None
+    """bool [b, 1, t, s], True where a query sees a key (in a ring, such a mask for each step); None: plain causal
+    attention over the row."""
     tables: Any = None
     """What the position scheme prepared (for rotary: cosines and sines)."""
     cache: KeyValueCache | None = None

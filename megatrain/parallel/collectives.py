@@ -95,6 +95,19 @@ to_tokens = _pair("ToTokens", _all_to_all(TOKENS, HEADS), _all_to_all(HEADS, TOK
 """[b, h / size, t, k] -> [b, h, t / size, k]: back."""
 
 
+def start_shift(x: Tensor, axis: Axis) -> Tensor:
+    """Begin to send x [n, ...] to the next rank of a ring and to receive what the previous one has; `wait` for it."""
+    lengths = [0] * axis.size, [0] * axis.size
+    lengths[0][(axis.rank - 1) % axis.size] = lengths[1][(axis.rank + 1) % axis.size] = x.shape[0]
+    group: Any = axis.group
+    return funcol.all_to_all_single(x.contiguous(), *lengths, group)
+
+
+def wait(x: Tensor) -> Tensor:
+    """What a collective that was begun has brought."""
+    return funcol.wait_tensor(x)
+
+
 def own_rows(x: Tensor, axis: Axis) -> Tensor:
     """This rank's rows of the sequence [b, t, ...] -> [b, t / size, ...]; no gradient crosses ranks."""
     return x if axis.size == 1 else x.chunk(axis.size, SEQUENCE)[axis.rank].contiguous()

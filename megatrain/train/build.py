@@ -14,7 +14,7 @@ from megatrain.engine.schedules import PipelinePlan
 from megatrain.models.recompute import SELECTIVE, recompute
 from megatrain.models.stages import Stages, spans_of
 from megatrain.nn.batch import Batch
-from megatrain.parallel.mesh import Axis, Mesh
+from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.shard import initialise
 from megatrain.parallel.tensor import TensorParallel
 from megatrain.train.config import Run
@@ -24,7 +24,7 @@ def build_engine(run: Run, tokenizer: TokenizerEntry, mesh: Mesh, device: Device
     """The engine around a freshly drawn model. All ranks call it together."""
     resolved = resolve_engine(run.layout, mesh.size)
     tp = TensorParallel(mesh.axis("tp"), run.layout.cuts_sequence)
-    cp = mesh.axis("cp")
+    cp = run.layout.context(mesh)
     plan = run.layout.pipeline(run.model.costs(tokenizer.vocab_size, run.data.seq_len))
     model = build_model(run, plan, mesh, n_valid=tokenizer.vocab_size, seq_len=run.data.seq_len, tp=tp, cp=cp)
     initialise(model, run.seed)
@@ -70,7 +70,7 @@ def all_names(run: Run, tokenizer: TokenizerEntry) -> tuple[str, ...]:
 class ContextFeed(Iterator[Batch]):
     """A feed of which this rank computes some of the tokens of each row."""
 
-    def __init__(self, feed: Feed, cp: Axis):
+    def __init__(self, feed: Feed, cp: Any):
         self.feed, self.cp = feed, cp
 
     def __next__(self) -> Batch:
@@ -86,9 +86,9 @@ class ContextFeed(Iterator[Batch]):
         self.close()
 
 
-def context_part(batch: Batch, cp: Axis) -> Batch:
-    """The batch as this context-parallel rank computes it."""
-    return batch.context_part(*cp.part(batch.tokens.shape[1], "data.seq_len"))
+def context_part(batch: Batch, cp: Any) -> Batch:
+    """The batch as this context-parallel rank computes it; `cp` is a kind of nn.context."""
+    return batch.context_part(cp.columns(batch.tokens.shape[1]))
 
 
 def open_feed(run: Run, mesh: Mesh, device: Device, cursors: dict[str, Any] | None = None) -> ContextFeed:
@@ -103,4 +103,4 @@ def open_feed(run: Run, mesh: Mesh, device: Device, cursors: dict[str, Any] | No
         cursors=cursors,
         pin_memory=device.kind == "cuda",
     )
-    return ContextFeed(feed, mesh.axis("cp"))
+    return ContextFeed(feed, run.layout.context(mesh))

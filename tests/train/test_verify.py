@@ -49,7 +49,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory, text_data: Path) -> str:
     """A run with dropout, packed documents and two micro-batches a rank."""
     return str(
         write_run(
-            tmp_path_factory.mktemp("verify"), text_data, model__dropout=0.1, model__n_heads=8, model__n_kv_heads=4
+            tmp_path_factory.mktemp("verify"), text_data, model__dropout=0.1, model__n_heads=8, model__n_kv_heads=2
         )
     )
 
@@ -73,8 +73,10 @@ def one(run_file: str) -> Path:
         "dp=2,engine=fsdp2,zero=2",
         "tp=2,dp=2,engine=fsdp2,zero=3",
         "cp=2,engine=plain",
+        "cp=2,cp_kind=ulysses,engine=plain",
         "cp=2,dp=2,zero=2",
         "cp=2,tp=2,engine=fsdp2,zero=3",
+        "tp=4,engine=plain",
     ],
 )
 def test_layouts_equal_one_process(run_file: str, one: Path, tmp_path: Path, layout: str) -> None:

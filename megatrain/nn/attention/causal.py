@@ -1,7 +1,7 @@
 """Causal attention: a token sees itself and what precedes it (Vaswani et al. 2017, arXiv:1706.03762)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -20,6 +20,9 @@ class Causal:
     bias: bool = False
     """Biases in the projections to queries, keys and values."""
 
+    blockwise: ClassVar[bool] = True
+    """It is a softmax over the visible keys and nothing else, so parts over some of the keys can be merged."""
+
     def unsupported_reasons(self, case: AttentionCase) -> list[str]:
         return [] if case.causal else ["causal attention looks back only"]
 
@@ -27,9 +30,13 @@ class Causal:
         """Which keys a query sees, from positions that broadcast: bool."""
         return q >= k
 
+    def plain(self, packed: bool, seq_len: int) -> bool:
+        """Over such rows nothing but causality limits what is seen, which kernels know by themselves."""
+        return not packed
+
     def prepare(self, where: Where) -> Tensor | None:
         """The mask of a pass, or None where the kernel's own causal path does."""
-        return where.visible(self.visible) if where.packed else None
+        return None if self.plain(where.packed, where.positions.shape[1]) else where.visible(self.visible)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
         return scaled_dot_product(q, k, v, where.mask, causal=True)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatrain.parallel.product import by_float32
+from megatrain.parallel.product import by_float32, product_format
 
 
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
@@ -37,3 +37,101 @@ def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = torch.einsum("bhtk,bhsk->bhts", q, k) / math.sqrt(q.shape[-1])
     return torch.einsum("bhts,bhsk->bhtk", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
+
+
+# ------------------------------------------------------------------------------------------------ parts of a softmax
+
+
+def as_products(*heads: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values in the number format that a kernel takes them in."""
+    dtype = torch.float32 if by_float32(heads[0]) else product_format(heads[0])
+    return tuple(x.to(dtype) for x in heads)
+
+
+def attend_part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention over some of the keys, with what is needed to merge it with attention over others.
+
+    Args:
+        q: [b, h, t, k]. k, v: [b, g, s, k] with g dividing h.
+        mask: bool [b or 1, 1, t, s], True where a query sees a key; a row may see none of these keys. With None
+            every query sees every key, or, with `causal`, the lower triangle.
+
+    Returns:
+        [b, h, t, k], and the logarithm of each query's sum of exponentials, float32 [b, h, t]: -inf where it sees none.
+    """
+    bias = None if mask is None else _bias(mask, q.dtype)
+    k, v = _every_head(k, q), _every_head(v, q)
+    if q.device.type == "cpu":
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        y, lse = op(q, k, v, 0.0, causal and mask is None, attn_mask=bias)
+    elif _flash(q, mask):
+        y, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False)
+    else:
+        op = torch.ops.aten._scaled_dot_product_efficient_attention
+        y, lse, *_ = op(q, k, v, _expanded(bias, q), True, 0.0, causal and mask is None)
+        lse = lse[..., : q.shape[2]]  # the kernel rounds the number of queries up
+    if mask is not None:  # kernels disagree on what the empty sum is
+        empty = ~mask.any(-1)
+        lse, y = lse.masked_fill(empty, -torch.inf), y.masked_fill(empty[..., None], 0.0)
+    return y, lse
+
+
+def attend_part_backward(
+    grad: Tensor, q: Tensor, y: Tensor, lse: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The share of some keys in the gradients of attention over all keys: of q, k and v.
+
+    Args:
+        grad: [b, h, t, k], of the whole output.
+        y, lse: the output and the log-sum-exp over all keys, whichever part they come from.
+    """
+    groups = k.shape[1]
+    bias = None if mask is None else _bias(mask, q.dtype)
+    k, v = _every_head(k, q), _every_head(v, q)
+    grad, y, lse = grad.contiguous(), y.contiguous(), lse.contiguous()
+    if q.device.type == "cpu":
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        of_q, of_k, of_v = op(grad, q, k, v, y, lse, 0.0, causal and mask is None, attn_mask=bias)
+    elif _flash(q, mask):
+        op = torch.ops.aten._scaled_dot_product_flash_attention_backward
+        t, s, no_seed = q.shape[2], k.shape[2], torch.zeros(2, dtype=torch.uint64, device=q.device)
+        of_q, of_k, of_v = op(grad, q, k, v, y, lse, None, None, t, s, 0.0, causal, no_seed, no_seed[:0])
+    else:
+        op = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+        no_seed = torch.zeros((), dtype=torch.int64, device=q.device)
+        lse = F.pad(lse, (0, -lse.shape[-1] % LSE_MULTIPLE), value=torch.inf)
+        wanted = [True, True, True, False]
+        of_q, of_k, of_v, _ = op(
+            grad, q, k, v, _expanded(bias, q), y, lse, no_seed, no_seed, 0.0, wanted, causal and mask is None
+        )
+    return of_q, _summed_heads(of_k, groups), _summed_heads(of_v, groups)
+
+
+LSE_MULTIPLE, BIAS_MULTIPLE = 32, 16
+"""The memory-efficient kernel wants the number of queries of a log-sum-exp, and of keys of a bias, in multiples."""
+
+
+def _flash(q: Tensor, mask: Tensor | None) -> bool:
+    """FlashAttention takes 16-bit numbers and no mask."""
+    return mask is None and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0
+
+
+def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a query sees a key, -inf elsewhere, in rows whose stride the kernels take."""
+    s = mask.shape[-1]
+    padded = torch.zeros((*mask.shape[:-1], s + -s % BIAS_MULTIPLE), dtype=dtype, device=mask.device)
+    return padded[..., :s].masked_fill_(~mask, -torch.inf)
+
+
+def _expanded(bias: Tensor | None, q: Tensor) -> Tensor | None:
+    return None if bias is None else bias.expand(q.shape[0], q.shape[1], -1, -1)
+
+
+def _every_head(x: Tensor, q: Tensor) -> Tensor:
+    """One head of keys or values for each head of queries."""
+    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], 1)
+
+
+def _summed_heads(grad: Tensor, groups: int) -> Tensor:
+    """The gradient of `_every_head`."""
+    return grad if grad.shape[1] == groups else grad.unflatten(1, (groups, -1)).sum(2)

@@ -5,10 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from megatrain.nn.context.ring import Ring
 from megatrain.nn.where import Where
-from megatrain.parallel.collectives import to_heads, to_tokens
 from megatrain.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from megatrain.parallel.mesh import ALONE, Axis
 from megatrain.parallel.shard import normal
 from megatrain.parallel.tensor import TensorParallel
 
@@ -20,8 +19,7 @@ class SelfAttention(nn.Module):
         kind, position, norm: the registered choices. `norm` serves queries and keys where the kind asks for it.
         name: under which the key-value cache keeps this layer.
         init_std, out_std: standard deviations of the input and the output projections at the start.
-        cp: ranks that hold other tokens of the same rows. For the product of queries and keys they exchange tokens for
-            heads (Jacobs et al. 2023, arXiv:2309.14509), so that each attends over whole rows with some of the heads.
+        cp: how ranks that hold other tokens of the same rows attend together.
     """
 
     def __init__(
@@ -39,7 +37,7 @@ class SelfAttention(nn.Module):
         init_std: float,
         out_std: float,
         out_bias: bool = False,
-        cp: Axis = ALONE,
+        cp: Any = Ring(),  # noqa: B008 (a frozen value)
     ):
         super().__init__()
         self.kind, self.position, self.name, self.cp = kind, position, name, cp
@@ -64,8 +62,7 @@ class SelfAttention(nn.Module):
         q, k, v = self._heads(x, where)
         if where.cache is not None:
             k, v = where.cache.extend(self.name, k, v)
-        q, k, v = (to_heads(x, self.cp) for x in (q, k, v))
-        y = to_tokens(self.kind.attend(q, k, v, where), self.cp)
+        y = self.cp.attend(self.kind, q, k, v, where)
         return self.to_out(y.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor, where: Where) -> tuple[Tensor, Tensor, Tensor]:

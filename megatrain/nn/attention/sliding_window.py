@@ -1,7 +1,7 @@
 """Causal attention to the latest `window` keys (Beltagy et al. 2020, arXiv:2004.05150, section 3.1)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -22,6 +22,9 @@ class SlidingWindow:
     bias: bool = False
     """Biases in the projections to queries, keys and values."""
 
+    blockwise: ClassVar[bool] = True
+    """It is a softmax over the visible keys and nothing else, so parts over some of the keys can be merged."""
+
     def problems(self) -> list[str]:
         return [] if self.window >= 1 else [f"window={self.window}: a query sees at least itself, so 1 or more"]
 
@@ -33,11 +36,13 @@ class SlidingWindow:
         behind = q - k
         return (behind >= 0) & (behind < self.window)
 
+    def plain(self, packed: bool, seq_len: int) -> bool:
+        """Over such rows nothing but causality limits what is seen, which kernels know by themselves."""
+        return not packed and seq_len <= self.window
+
     def prepare(self, where: Where) -> Tensor | None:
         """The mask of a pass, or None where the window covers the whole row."""
-        if not where.packed and where.positions.shape[1] <= self.window:
-            return None
-        return where.visible(self.visible)
+        return None if self.plain(where.packed, where.positions.shape[1]) else where.visible(self.visible)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
         return scaled_dot_product(q, k, v, where.mask, causal=True)
