@@ -6,7 +6,6 @@ a step are the same under every layout, micro-batch size and recomputation, whic
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +22,16 @@ class Noise:
 
     key: Tensor
     """int64 []: of (seed, step) and, within a block, the block's name."""
-    first: Tensor
-    """int64 []: number of this rank's first token, counted over the rows of the global batch."""
+    tokens: Tensor
+    """int64 [t]: number of each of this rank's tokens of the first row, counted over the rows of the global batch."""
     seq_len: int
 
     @classmethod
-    def of(cls, seed: int, step: int, *, first_row: int, first_token: int, seq_len: int, device: Any) -> "Noise":
-        """Noise of a step's rows from `first_row` and of their tokens from `first_token`."""
+    def of(cls, seed: int, step: int, tokens: Tensor, seq_len: int) -> "Noise":
+        """Noise of a step's `tokens` and of those below them in the following rows of `seq_len` tokens."""
         # filled on the device: a copy from the host would make the host wait
-        key = torch.full((), seed_of(seed, "dropout", step), dtype=torch.int64, device=device)
-        first = torch.full((), first_row * seq_len + first_token, dtype=torch.int64, device=device)
-        return cls(key, first, seq_len)
+        key = torch.full((), seed_of(seed, "dropout", step), dtype=torch.int64, device=tokens.device)
+        return cls(key, tokens, seq_len)
 
     def within(self, name: str) -> "Noise":
         """The noise of the part of the model called `name`, independent of all others."""
@@ -59,11 +57,10 @@ class Dropout(nn.Module):
 
 def kept(shape: tuple[int, ...], noise: Noise, salt: int, share: float) -> Tensor:
     """bool [b, t, d]: which elements stay; each with probability 1 - `share`, independently."""
-    b, t, d = shape
+    b, _, d = shape
     device = noise.key.device
     rows = torch.arange(b, device=device)[:, None, None] * noise.seq_len
-    tokens = torch.arange(t, device=device)[:, None] + noise.first
-    index = (rows + tokens) * d + torch.arange(d, device=device)
+    index = (rows + noise.tokens[:, None]) * d + torch.arange(d, device=device)
     bits = _mix(index ^ _mix(noise.key ^ salt))
     return (bits & 0xFFFFFF) >= int(share * 2**24)
 
