@@ -138,6 +138,7 @@ def test_what_looks_ahead_is_refused(kind):
 @kinds
 @packings
 def test_the_layer_is_the_same_when_compiled(kind, documents):
+    torch._dynamo.reset()  # it compiles a function only so many times in a process
     layer, here = layer_of(kind), prepared(kind, documents)
     randomise(layer)
     fast = torch.compile(layer.forward, fullgraph=True, backend="aot_eager")
