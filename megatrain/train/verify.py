@@ -8,6 +8,7 @@ it; so checkpoints of both sides, which hold full tensors, are all that must be 
 import dataclasses
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from megatrain.cluster.identity import identity_of
 from megatrain.cluster.local_ranks import run_local_ranks
 from megatrain.cluster.start import connected
 from megatrain.engine.api import Precision
-from megatrain.engine.layout import Layout
+from megatrain.engine.layout import AUTO, Layout
 from megatrain.optim.kinds.adamw import AdamW
 from megatrain.parallel.mesh import Mesh
 from megatrain.train.build import build_engine, open_feed
@@ -80,24 +81,36 @@ class Verdict:
 
 
 def layout_of(text: str, base: Layout) -> tuple[Layout, int]:
-    """The layout that `tp=2,dp=2,zero=1` describes, and its number of ranks.
+    """The layout that `tp=2,dp=2,zero=1` or `pp=2,stages=[3,1]` describes, and its number of ranks.
 
-    Axes that are not named have size 1 and `zero` is 0; what else `base` says stays.
+    Axes that are not named have size 1 and `zero` is 0; what else `base` says stays, but for the stages of a pipeline
+    where there is none.
 
     Raises:
         ConfigError: a word is not a key of the layout, or not of its type.
     """
     named: dict[str, Any] = dict.fromkeys(AXES, 1) | {"zero": 0}
     hints = {f.name: f for f in dataclasses.fields(Layout)}
-    for word in filter(None, text.split(",")):
+    for word in filter(None, re.split(r",(?![^\[]*\])", text)):  # not at the commas of a list
         key, equals, value = (part.strip() for part in word.partition("="))
         if not equals or key not in hints:
             raise ConfigError(f"--layout {text}: {key!r} is no key of a layout: {did_you_mean(key, hints)}")
-        named[key] = json.loads(value) if value.isdecimal() or value in ("true", "false") else value
+        named[key] = _value(value)
+    if named["pp"] == 1:
+        named = {"virtual": None, "stages": AUTO} | named
     layout = dataclasses.replace(base, **named)
     if problems := layout.problems():
         raise ConfigError([f"--layout {text}: {problem}" for problem in problems])
     return layout, layout.tp * layout.pp * layout.cp * (layout.dp or 1)
+
+
+def _value(text: str) -> Any:
+    """A number, a truth, a list of numbers, or else the text itself."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return tuple(value) if isinstance(value, list) else value
 
 
 def verify(run_file: str, overrides: Sequence[str], layout: str, steps: int) -> Verdict:
@@ -206,6 +219,8 @@ def _suspect(name: str, layout: Layout) -> str:
     """Which collective makes the gradient of a parameter whole under this layout."""
     column = (".to_qkv.", ".gate_up.", ".up.")
     row = (".to_out.", ".down.")
+    if layout.pp > 1 and name == "embedding.weight":
+        return "the sum over its copies on the first and the last stage, axis pp"
     if layout.cp > 1 and layout.tp == 1:
         return "the exchange of tokens for heads around attention, or gradient reduction, axis cp"
     if layout.tp > 1 and any(part in name for part in column):
@@ -216,6 +231,8 @@ def _suspect(name: str, layout: Layout) -> str:
         return "the vocabulary cut of embedding and loss, axis tp"
     if layout.tp > 1:
         return "all-reduce of replicated parameters' gradients, axis tp"
+    if layout.pp > 1 and layout.dp in (None, 1):
+        return "what stages send each other, axis pp"
     return "gradient reduction, axis dp"
 
 

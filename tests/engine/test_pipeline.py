@@ -27,7 +27,6 @@ from tests.engine.toy import (
     VOCABULARY,
     Pieces,
     assembled,
-    filler,
     floats,
     pieces_of,
     rows_of,
@@ -74,7 +73,7 @@ class Case:
     def engine_of(self, mesh: Mesh) -> Engine:
         tp = TensorParallel(mesh.axis("tp"), self.tp > 1)
         choice = dataclasses.replace(MODEL, tie_embeddings=self.tied)
-        facts: dict[str, Any] = dict(n_valid=VOCABULARY, seq_len=SEQ_LEN, tp=tp)
+        facts: dict[str, Any] = {"n_valid": VOCABULARY, "seq_len": SEQ_LEN, "tp": tp}
         layout = Layout(
             pp=self.pp, schedule=self.schedule, virtual=self.virtual, stages=self.stages or "auto", engine=self.engine
         )

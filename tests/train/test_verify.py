@@ -76,6 +76,8 @@ def one(run_file: str) -> Path:
         "cp=2,cp_kind=ulysses,engine=plain",
         "cp=2,dp=2,zero=2",
         "cp=2,tp=2,engine=fsdp2,zero=3",
+        "pp=2,schedule=interleaved_zero_bubble,virtual=1",
+        "pp=2,tp=2,stages=[1,1]",
         "tp=4,engine=plain",
     ],
 )
@@ -106,6 +108,8 @@ def test_planted_mistakes_are_found(run_file: str, one: Path, tmp_path: Path, la
 def test_a_layout_is_read_with_unnamed_axes_at_one() -> None:
     layout, world = layout_of("tp=2,dp=3,zero=1", Layout(micro_batch=4, tp=8))
     assert (layout.tp, layout.dp, layout.zero, layout.micro_batch, world) == (2, 3, 1, 4, 6)
+    assert layout_of("pp=2,stages=[3,1],tp=2", Layout())[0] == Layout(pp=2, stages=(3, 1), tp=2, dp=1, zero=0)
+    assert layout_of("tp=2", Layout(pp=2, stages=(1, 3)))[0] == Layout(tp=2, dp=1, zero=0)
     assert layout_of("tp=2", Layout(dp=4)) == (Layout(tp=2, dp=1, zero=0, pp=1, cp=1, ep=1), 2)
 
 
