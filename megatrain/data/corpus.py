@@ -12,6 +12,7 @@ A document that lies across the border of two slots' parts is read by both, each
 """
 
 import json
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,6 +43,17 @@ class Stretch(NamedTuple):
     stop: int
 
 
+class Entered(NamedTuple):
+    """The document that a reader is in: place in the order, positions [begin, end), from a position to an element."""
+
+    place: int
+    begin: int
+    end: int
+    shift: int
+    sound: bool
+    """Its bytes are those that were written."""
+
+
 class ShuffledShard:
     """The documents of a shard in the order of one epoch, laid end to end. Positions are in that stream of tokens."""
 
@@ -53,27 +65,47 @@ class ShuffledShard:
         self.begin = self.end - length
         self.shift = shard.start[order] - self.begin  # from a position to an element of the tar
         self._sound = bytearray(len(order))  # 1 where a document was checked and is as it was written
-        self._expected: dict[int, int] = {}  # where readers will go on, and the document there
+        self._readers: dict[int, Entered] = {}  # where readers will go on, and the document there
 
-    def documents(self, start: int, stop: int) -> tuple[int, int]:
-        """Which documents have tokens in [start, stop): places [first, last) in this order."""
-        first = self._expected.pop(start, -1)
-        if first < 0:
-            first = int(self.end.searchsorted(start, side="right"))
-            if len(self._expected) > _READERS:  # of readers that went elsewhere
-                self._expected.clear()
-        end = self.end[first]
-        last = first + 1 if end >= stop else int(self.begin.searchsorted(stop, side="left"))
-        self._expected[stop] = last - 1 if self.end[last - 1] > stop else last
-        return first, last
+    def enter(self, start: int, stop: int) -> Entered:
+        """The document at `start`, for who reads to `stop` and will go on from there.
 
-    def damaged(self, first: int, last: int) -> NDArray[np.bool_] | None:
+        Most rows of long documents lie within one that was entered before, and cost a look into a table.
+        """
+        known = self._readers.pop(start, None)
+        if known is None:
+            if len(self._readers) > _READERS:  # of readers that went elsewhere
+                self._readers.clear()
+            place = int(self.end.searchsorted(start, side="right"))
+            begin, end, shift = int(self.begin[place]), int(self.end[place]), int(self.shift[place])
+            known = Entered(place, begin, end, shift, self.damaged(place, place + 1) is None)
+        if stop < known.end:
+            self._readers[stop] = known
+        return known
+
+    def ends(self, first: int, stop: int) -> tuple[int, list[int]]:
+        """Of the documents from place `first` to position `stop`: the place after them, and where each ends."""
+        near = self.end[first : first + _FEW].tolist()
+        if near[-1] >= stop:
+            last = first + bisect_left(near, stop) + 1
+            ends = near[: last - first]
+        else:
+            last = int(self.begin.searchsorted(stop, side="left"))
+            ends = self.end[first:last].tolist()
+        return last, ends
+
+    def go_on(self, place: int, stop: int) -> None:
+        """A reader has come to `stop`, inside the document at `place`, which was checked."""
+        begin, end, shift = int(self.begin[place]), int(self.end[place]), int(self.shift[place])
+        self._readers[stop] = Entered(place, begin, end, shift, self._sound[place] == 1)
+
+    def damaged(self, first: int, last: int) -> list[bool] | None:
         """Which of the documents [first, last) are not as they were written; None where all are sound."""
         if self._sound.count(1, first, last) == last - first:
             return None
-        found = self.shard.damaged_among(self.order[first:last])
-        self._sound[first:last] = (~found).tobytes()
-        return found if found.any() else None
+        found = self.shard.damaged_among(self.order[first:last].tolist())
+        self._sound[first:last] = bytes(not bad for bad in found)
+        return found if any(found) else None
 
     def lengths(self, first: int, last: int, start: int, stop: int) -> NDArray[np.int64]:
         """Tokens of each of those documents within [start, stop)."""
@@ -82,16 +114,16 @@ class ShuffledShard:
         length[-1] -= self.end[last - 1] - stop
         return length
 
-    def copy(self, into: NDArray[np.int64], first: int, last: int, start: int, stop: int) -> None:
-        """Write the ids at [start, stop), which lie in documents [first, last), to `into` [stop - start]."""
-        ids = self.shard.ids
-        if last - first > _FEW:
+    def copy(self, into: NDArray[np.int64], first: int, ends: list[int], start: int, stop: int) -> None:
+        """Write the ids at [start, stop) to `into` [stop - start]: of documents from place `first` on, with `ends`."""
+        ids, last = self.shard.ids, first + len(ends)
+        if len(ends) > _FEW:
             where = np.repeat(self.shift[first:last], self.lengths(first, last, start, stop))
             where += np.arange(start, stop)
             into[:] = ids.take(where)
             return
         at = start
-        for shift, end in zip(self.shift[first:last].tolist(), self.end[first:last].tolist(), strict=True):
+        for shift, end in zip(self.shift[first:last].tolist(), ends, strict=True):
             upto = min(end, stop)
             into[at - start : upto - start] = ids[at + shift : upto + shift]
             at = upto

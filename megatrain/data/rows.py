@@ -20,6 +20,7 @@ NAMES = {"tokens": np.int64, "targets": np.int64, "weights": np.float32, "positi
 """The arrays of a `Batch` and their types; all are [rows, seq]."""
 
 Arrays = dict[str, NDArray]
+_FEW = 6  # documents a row that are numbered faster one by one than all at once
 
 
 def arrays_in(buffer: bytearray | memoryview, n_rows: int, seq_len: int) -> Arrays:
@@ -71,7 +72,7 @@ class Rows:
         self.written: list[Written] = []
         self.skipped: list[Piece] = []
         """What was left out of the loss, since its document is damaged."""
-        self._begins: list[int] = []  # elements, counted through all rows, where a document begins or is entered
+        self._begins: list[int] = []  # elements, counted through all rows, where a document begins within a row
         self._entered: dict[int, int] = {}  # elements where one is entered in the middle, and the id before
         self._targets = arrays["targets"].reshape(-1)
         arrays["weights"].fill(1)
@@ -79,23 +80,39 @@ class Rows:
     def put(self, row: int, column: int, stretch: Stretch) -> int:
         """Write the tokens of `stretch` at `column` of `row`; returns the column after them."""
         shard, start, stop = stretch
-        first, last = shard.documents(start, stop)
-        damaged = shard.damaged(first, last)
+        element, n = row * self.seq_len + column, stop - start
+        entered = shard.enter(start, stop)
+        if column:
+            self._begins.append(element)
+        if stop <= entered.end and entered.sound:  # all of it within one document, as most rows of long ones are
+            ids, at = shard.shard.ids, start + entered.shift
+            self._targets[element : element + n] = ids[at : at + n]
+            if entered.begin != start:
+                self._entered[element] = int(ids[at - 1])
+            self.written.append(Written(row, column, stretch, entered.place, entered.place + 1))
+        else:
+            self._put_several(row, column, stretch, entered.place)
+        return column + n
+
+    def _put_several(self, row: int, column: int, stretch: Stretch, first: int) -> None:
+        """What `put` does for a stretch of several documents, the `first` of which is known, or of a damaged one."""
+        shard, start, stop = stretch
+        last, ends = shard.ends(first, stop)
         written = Written(row, column, stretch, first, last)
         self.written.append(written)
         element = row * self.seq_len + column
-        self._begins.append(element)
-        if last - first > 1:
-            self._begins += (shard.begin[first + 1 : last] + (element - start)).tolist()
+        self._begins += [end + (element - start) for end in ends[:-1]]  # where one ends the next begins
+        damaged = shard.damaged(first, last)
+        if ends[-1] > stop:
+            shard.go_on(last - 1, stop)
         if damaged is not None:
             self._put_damaged(written, damaged)
         else:
-            shard.copy(self._targets[element : element + stop - start], first, last, start, stop)
+            shard.copy(self._targets[element : element + stop - start], first, ends, start, stop)
             if shard.begin[first] != start:
                 self._entered[element] = shard.before(first, start)
-        return column + stop - start
 
-    def _put_damaged(self, written: Written, damaged: NDArray[np.bool_]) -> None:
+    def _put_damaged(self, written: Written, damaged: list[bool]) -> None:
         """Leave damaged documents out of the loss; in their place stand end-of-document tokens.
 
         So every position stays what it was: all ranks go on alike without telling each other, and a resume skips the
@@ -117,17 +134,18 @@ class Rows:
                 self.arrays["weights"].reshape(-1)[into] = 0
                 self.skipped.append(piece)
             else:
-                first, last = shard.documents(at, at + piece.n_tokens)
-                shard.copy(self._targets[into], first, last, at, at + piece.n_tokens)
+                place = int(shard.end.searchsorted(at, side="right"))
+                shard.copy(self._targets[into], place, [at + piece.n_tokens], at, at + piece.n_tokens)
                 if not piece.begins:
-                    self._entered[element] = shard.before(first, at)
+                    self._entered[element] = shard.before(place, at)
 
     def pad(self, row: int, column: int) -> None:
         """Fill the rest of a row with tokens that do not count and that no document sees."""
         if column == self.seq_len:
             return
         into = slice(row * self.seq_len + column, (row + 1) * self.seq_len)
-        self._begins.append(into.start)
+        if column:
+            self._begins.append(into.start)
         self._targets[into] = self.end_of_document
         self.arrays["weights"].reshape(-1)[into] = 0
 
@@ -158,25 +176,43 @@ class Rows:
             some row holds more than one document.
         """
         tokens = self.arrays["tokens"].reshape(-1)
-        begins = np.sort(np.array(self._begins))  # rows may have been filled in any order
+        begins = sorted(self._begins)  # rows may have been filled in any order
         tokens[1:] = self._targets[:-1]
+        tokens[:: self.seq_len] = self.end_of_document
         tokens[begins] = self.end_of_document
         for element, before in self._entered.items():
             tokens[element] = before
-        positions, documents = self.arrays["positions"], self.arrays["documents"]
-        if not mask_documents:
-            positions[:] = _count(self.seq_len)
-            documents.fill(0)
+        self.arrays["positions"][:] = _count(self.seq_len)
+        self.arrays["documents"].fill(0)
+        if not mask_documents or not begins:
             return False
-        lengths = np.empty_like(begins)
-        lengths[:-1] = begins[1:]
-        lengths[-1] = self._targets.size
-        lengths -= begins
-        np.subtract(_count(self._targets.size), np.repeat(begins, lengths), out=positions.reshape(-1))
+        if len(begins) > _FEW * self.n:
+            self._number_all(np.array(begins))
+        else:
+            self._number_few(begins)
+        return True
+
+    def _number_few(self, begins: list[int]) -> None:
+        """Positions and numbers of the documents that begin within rows, row for row from there to the row's end."""
+        positions, documents = self.arrays["positions"].reshape(-1), self.arrays["documents"].reshape(-1)
+        count = _count(self.seq_len)
+        for begin in begins:
+            end = begin - begin % self.seq_len + self.seq_len
+            positions[begin:end] = count[: end - begin]
+            documents[begin:end] += 1
+
+    def _number_all(self, begins: NDArray[np.int64]) -> None:
+        """The same for many at once."""
+        starts = np.arange(0, self._targets.size, self.seq_len)
+        begins = np.sort(np.concatenate([starts, begins]))
         row = begins // self.seq_len
         number = np.arange(len(begins)) - row.searchsorted(row)  # how many begin before it in its row
-        documents.reshape(-1)[:] = np.repeat(number.astype(np.int32), lengths)
-        return len(begins) > self.n
+        lengths = np.empty_like(begins)
+        np.subtract(begins[1:], begins[:-1], out=lengths[:-1])
+        lengths[-1] = self._targets.size - begins[-1]
+        positions = self.arrays["positions"].reshape(-1)
+        np.subtract(_count(self._targets.size), np.repeat(begins, lengths), out=positions)
+        self.arrays["documents"].reshape(-1)[:] = np.repeat(number.astype(np.int32), lengths)
 
 
 @dataclass(frozen=True)

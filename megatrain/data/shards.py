@@ -399,20 +399,19 @@ class Shard:
         return self.column("crc32")
 
     @cached_property
-    def _health(self) -> NDArray[np.uint8]:
-        return np.full(len(self.length), _UNKNOWN, dtype=np.uint8)
+    def _health(self) -> bytearray:
+        return bytearray(len(self.length))
 
-    def damaged_among(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of these documents are damaged: bool, like `numbers`. Each is checked once.
+    def damaged_among(self, numbers: list[int]) -> list[bool]:
+        """Which of these documents are damaged. Each is checked once.
 
         All are where the tar is missing or has another size.
         """
-        health = self._health[numbers]
-        if (health == _UNKNOWN).any():
-            for number in numbers[health == _UNKNOWN].tolist():
-                self._health[number] = _DAMAGED if self.unreadable or self.damaged(number) else _SOUND
-            health = self._health[numbers]
-        return health == _DAMAGED
+        health = self._health
+        for number in numbers:
+            if health[number] == _UNKNOWN:
+                health[number] = _DAMAGED if self.unreadable or self.damaged(number) else _SOUND
+        return [health[number] == _DAMAGED for number in numbers]
 
     @cached_property
     def unreadable(self) -> str:
