@@ -21,8 +21,9 @@ from megatrain.base.files import written_whole
 from megatrain.data.documents import CHUNK_BYTES, Chunk, Document, Source
 from megatrain.data.encoding import EncodedDocument, EncodeJob, encode, hash_fraction, ordered_map
 from megatrain.data.journal import Done, Journal, Tally
-from megatrain.data.shards import HELD_OUT, MANIFEST, TOKENIZER, TRAIN, Manifest, ShardWriter, Split, TokenizerEntry
-from megatrain.data.shards import token_dtype as narrowest_dtype
+from megatrain.data.manifest import HELD_OUT, MANIFEST, TOKENIZER, TRAIN, Manifest, Split, TokenizerEntry
+from megatrain.data.manifest import token_dtype as narrowest_dtype
+from megatrain.data.shards import ShardWriter
 from megatrain.data.sources import chunks_of, find_sources
 from megatrain.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer, train_tokenizer
 

@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 from megatrain.base.errors import DataError
 from megatrain.data.cache import Cache
 from megatrain.data.hedge import Hedged
+from megatrain.data.manifest import MANIFEST, Manifest, ShardEntry, TokenizerEntry, check_paths
 from megatrain.data.order import permutation
 from megatrain.data.remote import RemoteShard
-from megatrain.data.shards import MANIFEST, Manifest, Shard, ShardEntry, TokenizerEntry, check_paths
+from megatrain.data.shards import Shard
 from megatrain.data.store import Store, is_remote, open_store, read_whole, redacted
 
 _FEW = 6  # documents that are copied faster one by one than gathered

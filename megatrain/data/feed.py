@@ -13,8 +13,8 @@ import torch
 from megatrain.base.log import warn
 from megatrain.data.config import Data
 from megatrain.data.held_out import HeldOut
+from megatrain.data.manifest import TRAIN, TokenizerEntry
 from megatrain.data.rows import Arrays, Piece, empty
-from megatrain.data.shards import TRAIN, TokenizerEntry
 from megatrain.data.stream import Order, Stream
 from megatrain.data.worker import Task, Worker
 from megatrain.nn.batch import Batch

@@ -7,8 +7,8 @@ import numpy as np
 from megatrain.data import mixture
 from megatrain.data.config import Data
 from megatrain.data.corpus import common_tokenizer
+from megatrain.data.manifest import HELD_OUT
 from megatrain.data.rows import Arrays, Rows, check_vocabulary, empty
-from megatrain.data.shards import HELD_OUT
 
 _NEVER = -(2**62)  # credit that a source without weight cannot earn back
 _SEED = 0  # not the run's: runs that are compared must be measured on the same rows

@@ -19,7 +19,7 @@ from typing import IO, Any, Self
 from megatrain.base.errors import DataError, UserError
 from megatrain.base.files import fsync_folder, read_json_lines, written_whole
 from megatrain.data.documents import Refused
-from megatrain.data.shards import ShardEntry
+from megatrain.data.manifest import ShardEntry
 
 _LINES = "journal.jsonl"
 _EXAMPLES = 5

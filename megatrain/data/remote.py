@@ -16,7 +16,8 @@ import numpy as np
 from megatrain.base.errors import DataError, UserError
 from megatrain.base.log import warn
 from megatrain.data.cache import Cache
-from megatrain.data.shards import Shard, ShardEntry, Tokens
+from megatrain.data.manifest import ShardEntry
+from megatrain.data.shards import Shard, Tokens
 from megatrain.data.store import Store, append, fetch, read_whole
 
 _READ_SINGLY = 4  # documents that are read of a shard before it is copied

@@ -12,8 +12,9 @@ from megatrain.config.source import from_plain
 from megatrain.data.config import Data
 from megatrain.data.corpus import Corpus
 from megatrain.data.ledger import FILE, Ledger, Trained, digest
+from megatrain.data.manifest import HELD_OUT, TOKENIZER, TRAIN
 from megatrain.data.rows import empty, pieces
-from megatrain.data.shards import HELD_OUT, TOKENIZER, TRAIN, Shard
+from megatrain.data.shards import Shard
 from megatrain.data.store import redacted
 from megatrain.data.stream import Order, Stream
 from megatrain.data.tokenizer import Tokenizer

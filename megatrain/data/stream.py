@@ -11,8 +11,8 @@ from megatrain.base.random import seed_of
 from megatrain.data import mixture
 from megatrain.data.config import Data
 from megatrain.data.corpus import Corpus, common_tokenizer
+from megatrain.data.manifest import TRAIN
 from megatrain.data.rows import Arrays, Rows, check_vocabulary
-from megatrain.data.shards import TRAIN
 from megatrain.data.slots import Slots
 
 

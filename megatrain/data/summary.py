@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatrain.base.units import show_bytes, show_count
-from megatrain.data.shards import Manifest, Shard, Split
+from megatrain.data.manifest import Manifest, Split
+from megatrain.data.shards import Shard
 from megatrain.data.tokenizer import Tokenizer
 
 _SAMPLE_TOKENS = 2**24  # tokens that are counted for the table of frequent ones

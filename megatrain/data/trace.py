@@ -6,8 +6,8 @@ from typing import Any
 
 from megatrain.data.config import Data
 from megatrain.data.feed import Feed
+from megatrain.data.manifest import TRAIN
 from megatrain.data.rows import Rows, empty, pieces
-from megatrain.data.shards import TRAIN
 from megatrain.data.stream import Order, Stream
 
 

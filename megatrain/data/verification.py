@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from megatrain.base.errors import DataError
 from megatrain.base.files import sha256_of
 from megatrain.data.encoding import ordered_map
-from megatrain.data.shards import MANIFEST, Manifest, Shard, ShardEntry
+from megatrain.data.manifest import MANIFEST, Manifest, ShardEntry
+from megatrain.data.shards import Shard
 from megatrain.data.tokenizer import Tokenizer
 
 _BLOCK = 512

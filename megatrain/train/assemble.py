@@ -23,7 +23,7 @@ from megatrain.cluster.identity import Identity, identity_of
 from megatrain.cluster.start import connected, lost_peer
 from megatrain.data.feed import held_out
 from megatrain.data.held_out import HeldOut
-from megatrain.data.shards import HELD_OUT, TOKENIZER, TRAIN, TokenizerEntry
+from megatrain.data.manifest import HELD_OUT, TOKENIZER, TRAIN, TokenizerEntry
 from megatrain.engine.layout import resolve_engine
 from megatrain.nn.batch import Batch
 from megatrain.parallel.mesh import Mesh

@@ -7,7 +7,7 @@ import torch
 
 from megatrain.base.device import Device
 from megatrain.data.feed import Feed
-from megatrain.data.shards import TokenizerEntry
+from megatrain.data.manifest import TokenizerEntry
 from megatrain.engine.api import ENGINE, Engine, Parts
 from megatrain.engine.layout import resolve_engine
 from megatrain.engine.schedules import PipelinePlan

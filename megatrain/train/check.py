@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatrain.base.errors import ConfigError, DataError
 from megatrain.base.files import sha256_of
-from megatrain.data.shards import TokenizerEntry
+from megatrain.data.manifest import TokenizerEntry
 from megatrain.data.stream import Order, Stream
 from megatrain.engine.layout import layout_problems
 from megatrain.models.recompute import unmatched

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatrain.data.shards import HELD_OUT, TRAIN, Manifest, ShardWriter, Split, TokenizerEntry
+from megatrain.data.manifest import HELD_OUT, TRAIN, Manifest, Split, TokenizerEntry
+from megatrain.data.shards import ShardWriter
 
 END = 0
 VOCAB = 60_000

@@ -21,7 +21,8 @@ from megatrain.base.errors import ConfigError, DataError
 from megatrain.base.files import sha256_of
 from megatrain.cli.data import command
 from megatrain.data.build import BuildOptions, build
-from megatrain.data.shards import Manifest, Shard, ShardWriter
+from megatrain.data.manifest import Manifest
+from megatrain.data.shards import Shard, ShardWriter
 from megatrain.data.tokenizer import Tokenizer
 from tests.data.test_readers import write_megatron
 

@@ -11,7 +11,8 @@ import torch
 from megatrain.base.errors import DataError
 from megatrain.data.config import Data, WeightedSource
 from megatrain.data.feed import Feed
-from megatrain.data.shards import TRAIN, Manifest, Shard
+from megatrain.data.manifest import TRAIN, Manifest
+from megatrain.data.shards import Shard
 from tests.data.corpora import END, documents, write
 
 N_BATCHES = 60  # more than an epoch

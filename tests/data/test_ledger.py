@@ -13,8 +13,8 @@ from megatrain.config.build import plain
 from megatrain.data.build import BuildOptions, build
 from megatrain.data.config import Data, Stage, WeightedSource
 from megatrain.data.ledger import FILE, Ledger, order_of
+from megatrain.data.manifest import Manifest
 from megatrain.data.seen import _data, documents_by_step, seen
-from megatrain.data.shards import Manifest
 from megatrain.data.stream import Order, Stream
 from megatrain.data.trace import trace
 

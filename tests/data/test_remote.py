@@ -19,7 +19,7 @@ from megatrain.data import store
 from megatrain.data.cache import Cache
 from megatrain.data.config import Data, WeightedSource
 from megatrain.data.feed import Feed
-from megatrain.data.shards import Manifest
+from megatrain.data.manifest import Manifest
 from megatrain.data.store import ObjectStore, PipeStore, WebStore, append, fetch, open_store, redacted
 from tests.data.corpora import documents, write
 from tests.servers import FAULTS, Server, answers_503

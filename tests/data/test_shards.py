@@ -9,7 +9,8 @@ import pytest
 import webdataset
 
 from megatrain.base.errors import DataError
-from megatrain.data.shards import HELD_OUT, TRAIN, Manifest, Shard, ShardWriter, Split, TokenizerEntry, token_dtype
+from megatrain.data.manifest import HELD_OUT, TRAIN, Manifest, Split, TokenizerEntry, token_dtype
+from megatrain.data.shards import Shard, ShardWriter
 
 
 @pytest.fixture(params=["uint16", "uint32"])

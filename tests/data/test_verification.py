@@ -17,7 +17,7 @@ from megatrain.base.errors import DataError
 from megatrain.base.files import sha256_of
 from megatrain.cli.data import command
 from megatrain.data.build import BuildOptions, build
-from megatrain.data.shards import Manifest, ShardEntry, Split
+from megatrain.data.manifest import Manifest, ShardEntry, Split
 from megatrain.data.verification import Fault, verify
 
 TAR, INDEX = "train/shard-000001.tar", "train/shard-000001.index"

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from megatrain.data import mixture
+from megatrain.data.manifest import TRAIN, Manifest
 from megatrain.data.order import permutation
-from megatrain.data.shards import TRAIN, Manifest, Shard
+from megatrain.data.shards import Shard
 
 
 class TwinSource:

@@ -54,7 +54,8 @@ class Ours:
 
     @staticmethod
     def prepare(root: Path, documents: list[tuple[str, np.ndarray]]) -> None:
-        from megatrain.data.shards import TRAIN, Manifest, ShardWriter, Split, TokenizerEntry
+        from megatrain.data.manifest import TRAIN, Manifest, Split, TokenizerEntry
+        from megatrain.data.shards import ShardWriter
 
         entries = []
         for first in range(0, len(documents), 256):

@@ -6,7 +6,7 @@ from typing import Any
 from megatrain.config.build import plain
 from megatrain.data.config import Data
 from megatrain.data.ledger import FILE, Ledger, order_of
-from megatrain.data.shards import TRAIN
+from megatrain.data.manifest import TRAIN
 from megatrain.train.hook import Handle, Periodic, Record
 
 
