@@ -177,3 +177,16 @@ def test_plain_pipelines_equal_one_process():
     told = run(tell_all, 2, cases)
     for case, *stories in zip(cases, *told, strict=True):
         assert_equal(case, stories)
+
+
+DEEPSPEED = [
+    Case("1f1b", "deepspeed", 0, dp=2),
+    Case("interleaved_zero_bubble", "deepspeed", 1, dp=2),
+    Case("zbv", "deepspeed", 2, dp=2),
+    Case("dualpipev", "deepspeed", 3, dp=1),
+]
+
+
+@pytest.mark.parametrize("case", DEEPSPEED, ids=str)
+def test_pipelines_under_deepspeed_equal_one_process(case):
+    assert_equal(case, run(tell, case.ranks, case))

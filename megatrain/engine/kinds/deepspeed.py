@@ -9,6 +9,8 @@ float32 partitions in the place of the parameters, one for each parameter group.
 | 0 | once a step | autograd, into float32 gradients of the parameters |
 | 1 | once a step | the same |
 | 2, 3 | with every micro-batch, since each rank keeps only its partition | DeepSpeed, into float32 partitions |
+
+Under a pipeline all stages do as stage 1: a schedule has several micro-batches under way at once.
 """
 
 import logging
@@ -25,10 +27,11 @@ from torch import Tensor, nn
 from megatrain.base.device import Device
 from megatrain.base.errors import ConfigError
 from megatrain.engine.api import ENGINE, Engine, EngineCase, Parts, StepReport
-from megatrain.engine.gradients import Gradients, gradients_of, sum_partial
+from megatrain.engine.gradients import Gradients, gradients_by_name, gradients_of, sum_partial
 from megatrain.engine.groups import connected
 from megatrain.engine.kinds.plain import PlainEngine
 from megatrain.engine.passes import Passes, mean, summed
+from megatrain.engine.pipeline import passes_of
 from megatrain.nn.batch import Batch
 from megatrain.optim.norm import clip_divisor, global_norm, not_finite, squared_norm
 from megatrain.optim.optimizer import guarded, set_lr, set_step_count, step_count
@@ -48,12 +51,19 @@ class DeepSpeed:
     """Stage 3 keeps parameters of fewer elements whole on every rank: gathering them would cost more than it saves."""
 
     def unsupported_reasons(self, case: EngineCase) -> list[str]:
-        if case.zero == 3 and case.pp > 1:
-            return [
-                f"layout.zero=3 with layout.pp={case.pp} gathers every stage's parameters for every micro-batch and is "
-                "not offered: set layout.zero to 1 or 2"
-            ]
-        return []
+        reasons = []
+        if case.zero == 3 and case.tied_copies:
+            reasons.append(
+                f"layout.zero=3 with layout.pp={case.pp} and tied embeddings: DeepSpeed takes the gradients of the two "
+                "copies, on the first and the last stage, apart before they are summed: set layout.zero=2, "
+                "model.tie_embeddings=false, or layout.schedule to zbv or dualpipev, which keep both on one rank"
+            )
+        if case.zero == 3 and case.pp > 1 and case.precision.parameters == "bf16":
+            reasons.append(
+                f"layout.zero=3 with layout.pp={case.pp} rounds summed gradients to bf16: set layout.zero=2, "
+                "layout.engine=fsdp2, or precision.parameters=fp32"
+            )
+        return reasons
 
     def build(self, parts: Parts) -> Engine:
         return ZeroEngine(parts, self) if parts.zero else AllReduceEngine(parts)
@@ -161,6 +171,7 @@ class AllReduceEngine(PlainEngine):
     def _gradients_of(self, batch: Batch, tokens: Tensor) -> Tensor:
         loss_sum = self.passes.forward_backward(batch, tokens / self.data.size)  # DeepSpeed averages over the ranks
         sum_partial(gradients_of(self.partial), self.tp)
+        self.passes.sum_tied(gradients_by_name(self.named))
         self.gradients.reduce()
         self.engine.allreduce_gradients()
         return loss_sum
@@ -213,23 +224,25 @@ class ZeroEngine:
         self.partial = [p for name, p in self.named.items() if self.shards[name].partial]
         self.bf16 = parts.precision.parameters == "bf16"
         exact = {name: p.detach().clone() for name, p in self.named.items()} if self.bf16 else {}
-        passes = Passes(self.model, self.data, parts.micro_batch, self.device, parts.precision.autocast)
-        module = Cast(self.model, passes) if passes.autocast else self.model
+        self.once = self.stage == 1 or parts.pipeline is not None
+        """Gradients are reduced once a step, not with every micro-batch."""
+        bare = passes_of(parts, mesh)
+        module = Cast(self.model, bare) if bare.autocast and parts.pipeline is None else self.model
         self.optimizer = parts.optimizer.build(self.named)
         if self.stage == 3:
             keep_compiled_blocks_whole(self.model, parts.device)
-        config = zero_config(
-            self.stage, self.bf16, choice.persistent_below, sum(p.numel() for p in self.named.values())
-        )
+        numel = sum(p.numel() for p in self.named.values())
+        config = zero_config(self.stage, self.bf16, choice.persistent_below, numel, once=self.once)
         self.engine = initialize(module, self.optimizer, mesh, parts.device, config)
         self.zero = self.engine.optimizer
         parts.optimizer.allocate(self.optimizer, self._flats())
-        if self.stage == 1:
+        if self.once:
             for p in self.named.values():
                 p.grad_dtype = torch.float32
         else:
             self._sum_partial_in_backward()
-        self.passes = Passes(self.engine, self.data, parts.micro_batch, self.device)
+        # schedules call the stages themselves; else DeepSpeed's engine wants to be called
+        self.passes = bare if parts.pipeline else Passes(self.engine, self.data, parts.micro_batch, self.device)
         if exact:
             self._start_from(exact)
 
@@ -249,10 +262,11 @@ class ZeroEngine:
 
     def _reduced_gradients_of(self, batch: Batch, divisor: Tensor) -> Tensor:
         """Leave the reduced gradient in DeepSpeed's partitions; return this rank's loss sum."""
-        if self.stage == 1:
+        if self.once:
             with self.engine.coalesce_grad_reduction():
                 loss_sum = self.passes.forward_backward(batch, divisor)
                 sum_partial(gradients_of(self.partial), self.tp)
+                self.passes.sum_tied(gradients_by_name(self.named))
             return loss_sum
 
         def backward(loss: Tensor, last: bool) -> None:
@@ -366,7 +380,7 @@ class ZeroEngine:
 
 def refuse(named: dict[str, nn.Parameter], parts: Parts) -> None:
     """Raise ConfigError for what ZeRO cannot do right."""
-    problems = parts.optimizer.unmatched(named)
+    problems = parts.optimizer.unmatched(parts.all_names or named)
     if frozen := [name for name, p in named.items() if not p.requires_grad]:
         problems.append(
             f"parameters that are not trained ({', '.join(frozen[:3])}) have no place in DeepSpeed's partitions: "
@@ -383,8 +397,14 @@ def keep_compiled_blocks_whole(model: nn.Module, device: Device) -> None:
         imported(device).utils.set_z3_leaf_modules(model, list(compiled))
 
 
-def zero_config(stage: int, bf16: bool, persistent_below: int, n_parameters: int) -> dict[str, Any]:
-    """DeepSpeed's configuration of a stage. It ignores mistyped keys, so the precision tests are what checks these."""
+def zero_config(
+    stage: int, bf16: bool, persistent_below: int, n_parameters: int, *, once: bool = False
+) -> dict[str, Any]:
+    """DeepSpeed's configuration of a stage. It ignores mistyped keys, so the precision tests are what checks these.
+
+    Args:
+        once: gradients are summed by autograd and reduced once a step.
+    """
     bucket = max(1, min(BUCKET_ELEMENTS, n_parameters))
     zero: dict[str, Any] = {
         "stage": stage,
@@ -399,7 +419,7 @@ def zero_config(stage: int, bf16: bool, persistent_below: int, n_parameters: int
         zero["stage3_param_persistence_threshold"] = persistent_below
     if bf16:
         config |= {"bf16": {"enabled": True, "check_grad_overflow": False}, "communication_data_type": "fp32"}
-        if stage == 1:  # its contiguous buffers have the parameters' format
+        if once:  # its contiguous buffers have the parameters' format
             zero["contiguous_gradients"] = False
         else:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
