@@ -1,8 +1,9 @@
 """A checkpoint written by one process, tensor by tensor: how converted and averaged models are made.
 
-Memory holds one file's tensors at a time, twice.
+Memory holds one file's tensors at a time, once.
 """
 
+import bisect
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,11 +16,11 @@ from megatrain.base.errors import CheckpointError
 from megatrain.base.files import fsync_folder
 from megatrain.checkpoint.manifest import COMMIT, MANIFEST, decode, digest_of, encode
 from megatrain.checkpoint.origin import origin
-from megatrain.checkpoint.read import Commit, Reader, find
+from megatrain.checkpoint.read import Commit, Reader, find, only_weights
 from megatrain.checkpoint.storage import LocalStorage, refusal
 from megatrain.checkpoint.tensorfile import Entry, encode_header
-from megatrain.checkpoint.write import HostCopy, assemble, write_files
-from megatrain.parallel.shard import Box, Slice
+from megatrain.checkpoint.write import Piece, assemble, write_files
+from megatrain.parallel.shard import Box
 
 FILE_BYTES = 512 * 2**20
 
@@ -27,10 +28,30 @@ Named = tuple[str, str, Tensor]
 """state, name, full tensor."""
 
 
-def whole_slice(state: str, name: str, tensor: Tensor) -> Slice:
-    """A full tensor as one slice."""
-    values = tensor.contiguous().view(1, -1)
-    return Slice(state, name, tuple(tensor.shape), (1, tensor.numel()), Box(0, 1, 0, tensor.numel()), values, True)
+class WholeTensors:
+    """Whole tensors as the pieces of a file, written from where they lie."""
+
+    def __init__(self, tensors: Iterable[Named]):
+        self.pieces: list[Piece] = []
+        self._begins: list[int] = []
+        self._bytes: list[memoryview] = []
+        at = 0
+        for state, name, x in sorted(tensors, key=lambda named: (-named[2].element_size(), *named[:2])):
+            box = Box(0, 1, 0, x.numel())
+            self.pieces.append(Piece(state, name, tuple(x.shape), (1, x.numel()), box, x.dtype, at))
+            self._begins.append(at)
+            self._bytes.append(bytes_of(x))
+            at = self.pieces[-1].end
+
+    def data(self, begin: int, end: int) -> memoryview:
+        """Bytes of one piece."""
+        n = bisect.bisect_right(self._begins, begin) - 1
+        return self._bytes[n][begin - self._begins[n] : end - self._begins[n]]
+
+
+def bytes_of(x: Tensor) -> memoryview:
+    """A tensor's bytes in order, of the same memory where it is contiguous."""
+    return x.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def write_checkpoint(
@@ -46,6 +67,7 @@ def write_checkpoint(
     """Write `tensors` as the checkpoint `folder`, which appears when it is whole.
 
     Args:
+        file_bytes: about the largest file, and what is in memory at a time.
         beside: other files of the folder, by name: a tokenizer.
 
     Raises:
@@ -55,15 +77,14 @@ def write_checkpoint(
     if folder.exists():
         raise CheckpointError(f"{folder} exists: name a new folder, or remove it")
     storage, staging = LocalStorage(folder.parent), f".{folder.name}.partial"
-    copy = HostCopy()
     reports: list[Any] = []
     try:
         storage.prepare(staging)
         for batch in _batches(tensors, file_bytes):
-            copy.take(whole_slice(*named) for named in batch)
+            held, n = WholeTensors(batch), sum(len(report["files"]) for report in reports)
             batch.clear()
-            n = sum(len(report["files"]) for report in reports)
-            reports.append(write_files(copy, storage, staging, 0, 2 * file_bytes, lambda point: None, n).plain())
+            reports.append(write_files(held, storage, staging, 0, 2 * file_bytes, lambda point: None, n).plain())
+            del held
         for name, content in (beside or {}).items():
             storage.write(f"{staging}/{name}", [content])
         text = encode(step, state, facts | {"origin": origin(1)}, *assemble(reports))
@@ -115,9 +136,7 @@ def consolidate(reader: Reader, path: str | Path) -> int:
     def chunks() -> Iterator[bytes | memoryview]:
         yield header
         for entry in entries:
-            copy = HostCopy()
-            copy.take([whole_slice("weights", entry.key, reader.read_full(entry.key))])
-            yield copy.data(0, copy.bytes)
+            yield bytes_of(reader.read_full(entry.key))
 
     storage, aside = LocalStorage(path.parent), f".{path.name}.partial"
     try:
@@ -143,7 +162,7 @@ def average(places: list[str | Path], folder: str | Path, shares: list[float] | 
     Raises:
         CheckpointError: they are not of the same model.
     """
-    commits = [find(place) for place in places]
+    commits = [find(place, states=only_weights) for place in places]
     readers = [commit.reader() for commit in commits]
     shares = shares or [1.0] * len(readers)
     if len(shares) != len(readers) or not sum(shares):

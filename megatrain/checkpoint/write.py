@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -46,6 +46,17 @@ class Piece:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.full_shape if self.whole else (self.box.n_rows, self.box.n_columns)
+
+
+class Pieces(Protocol):
+    """What the files of a rank are written from."""
+
+    pieces: list[Piece]
+    """In the order of the files, without gaps."""
+
+    def data(self, begin: int, end: int) -> memoryview:
+        """The bytes [begin, end), which lie in one piece."""
+        ...
 
 
 class HostCopy:
@@ -129,7 +140,7 @@ class Written:
 
 
 def write_files(
-    copy: HostCopy, storage: Storage, folder: str, rank: int, file_bytes: int, fault: Fault, first: int = 0
+    copy: Pieces, storage: Storage, folder: str, rank: int, file_bytes: int, fault: Fault, first: int = 0
 ) -> Written:
     """Write a rank's files into `folder`.
 
@@ -163,9 +174,7 @@ def _files(pieces: list[Piece], file_bytes: int) -> Iterator[list[Piece]]:
         yield file
 
 
-def _chunks(
-    header: bytes, pieces: list[Piece], copy: HostCopy, digests: list[str], fault: Fault
-) -> Iterator[memoryview]:
+def _chunks(header: bytes, pieces: list[Piece], copy: Pieces, digests: list[str], fault: Fault) -> Iterator[memoryview]:
     """The bytes of a file; each piece's digest is taken from memory on the way, before the file system sees it."""
     yield memoryview(header)
     for n, piece in enumerate(pieces):

@@ -63,6 +63,11 @@ class Folder:
     def names(self) -> list[str]:
         return sorted(self._tensors)
 
+    @property
+    def largest_file(self) -> int:
+        """Bytes of the largest file of weights; 0 where there are none."""
+        return max((self._storage.size(file) or 0 for file, _, _ in self._tensors.values()), default=0)
+
     def rename(self, prefix: str, untied: str) -> None:
         """Give names the prefix that they lack in files of the bare model (without its head)."""
         if not any(name.startswith(prefix) for name in self._tensors):

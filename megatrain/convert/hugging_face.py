@@ -8,28 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from megatrain.base.errors import CheckpointError, ConfigError, FailedCheckpointError, did_you_mean
-from megatrain.base.files import sha256_of, write_json
-from megatrain.base.log import log
+from megatrain.base.errors import CheckpointError, ConfigError, DataError, FailedCheckpointError, did_you_mean
+from megatrain.base.files import write_json
+from megatrain.base.log import log, warn
 from megatrain.checkpoint.compare import differences
 from megatrain.checkpoint.manifest import digest_of
 from megatrain.checkpoint.model import config_of, model_choice, shapes_of
-from megatrain.checkpoint.read import Commit, Reader, find
+from megatrain.checkpoint.read import Commit, Reader, find, only_weights
 from megatrain.checkpoint.storage import LocalStorage, refusal
-from megatrain.checkpoint.stream import Named, write_checkpoint
+from megatrain.checkpoint.stream import FILE_BYTES, Named, bytes_of, write_checkpoint
 from megatrain.checkpoint.tensorfile import Entry, encode_header
+from megatrain.checkpoint.tokenizer import tokenizer_of
 from megatrain.convert.check import TOLERANCE, Report, compare
 from megatrain.convert.deepspeed_zero import DeepSpeedFolder
 from megatrain.convert.families import FAMILY
 from megatrain.convert.folder import CONFIG, INDEX, SIDE_FILES, SINGLE, Folder
 from megatrain.convert.mapping import family_for, rows_of, sizes_of
 from megatrain.convert.table import Row, Theirs
+from megatrain.data.manifest import TOKENIZER
 from megatrain.data.tokenizer import Tokenizer
 
 REPORT = "conversion.json"
-TOKENIZER = "tokenizer.json"
 SHARD_BYTES = 4 * 2**30
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_WORDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -41,7 +41,7 @@ DTYPE_WORDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float
 def from_hugging_face(folder: str | Path, out: str | Path, *, check: bool = True) -> Report:
     """Make a checkpoint of weights from the model in `folder`; `generate` and `checkpoint.init_from` take it.
 
-    Every value keeps its bits. Memory holds one file's tensors at a time, twice.
+    Every value keeps its bits. Memory holds the tensors of one file at a time.
 
     Raises:
         CheckpointError: the model is of no family here or cannot be ours, a tensor is missing or left over, or the
@@ -87,6 +87,7 @@ def convert_in(theirs: Folder, out: Path, check: bool) -> Report:
             "tokenizer": _tokenizer_entry(side, theirs),
             "lineage": [{"step": 0, "converted": str(theirs.path), "family": kind}],
         },
+        file_bytes=min(theirs.largest_file or FILE_BYTES, FILE_BYTES),
         beside=side,
     )
     return _proven(out, check, written, theirs, kind, str(theirs.path), str(out), None)
@@ -168,7 +169,7 @@ def to_hugging_face(
     Raises:
         CheckpointError: it can be of no family, or the logits differ (what was made is then in `out`.failed).
     """
-    commit, out = find(place), Path(out)
+    commit, out = find(place, states=only_weights), Path(out)
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype}: {did_you_mean(dtype, DTYPES)}")
     cast = None if dtype is None else DTYPES[dtype]
@@ -228,7 +229,7 @@ def _write_shards(
             yield encode_header(shard.entries, {"format": "pt"})
             for row in shard.rows:
                 for x in row.split(reader.read_full(row.ours), sizes):
-                    yield _bytes(x if cast is None else x.to(cast))
+                    yield bytes_of(x if cast is None else x.to(cast))
 
         storage.write(file, chunks())
         weight_map |= {entry.key: file for entry in shard.entries}
@@ -237,19 +238,15 @@ def _write_shards(
         write_json(storage.root / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _bytes(x: Tensor) -> memoryview:
-    return x.contiguous().view(-1).view(torch.uint8).numpy().data
-
-
 def _write_side_files(
     folder: Path, commit: Commit, family: Any, choice: Any, seq_len: int, cast: torch.dtype | None
 ) -> None:
     """config.json, generation_config.json and what the tokenizer needs."""
-    step_folder = Path(commit.storage.describe(commit.folder))
     for name in SIDE_FILES:
-        if (step_folder / name).is_file():
-            shutil.copyfile(step_folder / name, folder / name)
-    end = _write_tokenizer(folder, commit, step_folder)
+        path = f"{commit.folder}/{name}"
+        if (size := commit.storage.size(path)) is not None:
+            (folder / name).write_bytes(commit.storage.read(path, 0, size))
+    end = _write_tokenizer(folder, commit)
     embedding = commit.manifest.tensors["weights", "embedding.weight"]
     config = {
         "architectures": [family.architecture],
@@ -267,22 +264,20 @@ def _write_side_files(
         write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end})
 
 
-def _write_tokenizer(folder: Path, commit: Commit, step_folder: Path) -> int | None:
-    """The checkpoint's tokenizer, where it is beside it or in its run's folder; returns the id that ends a document."""
-    told = commit.manifest.facts.get("tokenizer")
-    entry = told if isinstance(told, dict) else {"fingerprint": told}
-    for place in (step_folder, *step_folder.parents[:2]):
-        path = place / TOKENIZER
-        if path.is_file() and sha256_of(path) == entry["fingerprint"]:
-            tokenizer = Tokenizer.open(path, entry.get("end_of_document"))
-            if not (folder / TOKENIZER).exists():
-                shutil.copyfile(path, folder / TOKENIZER)
-            if not (folder / "tokenizer_config.json").exists():
-                name = tokenizer.backend.id_to_token(tokenizer.end_of_document)
-                words = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name, "bos_token": name}
-                write_json(folder / "tokenizer_config.json", words)
-            return tokenizer.end_of_document
-    return None
+def _write_tokenizer(folder: Path, commit: Commit) -> int | None:
+    """The checkpoint's tokenizer, if it can be found; returns the id that ends a document."""
+    try:
+        tokenizer, content = tokenizer_of(commit)
+    except DataError as error:
+        warn("the model is written without a tokenizer: %s", error)
+        return None
+    if not (folder / TOKENIZER).exists():
+        (folder / TOKENIZER).write_bytes(content)
+    if not (folder / "tokenizer_config.json").exists():
+        name = tokenizer.backend.id_to_token(tokenizer.end_of_document)
+        words = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name, "bos_token": name}
+        write_json(folder / "tokenizer_config.json", words)
+    return tokenizer.end_of_document
 
 
 # ------------------------------------------------------------------------------------------------ the proof

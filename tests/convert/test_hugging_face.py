@@ -1,6 +1,8 @@
 """Each family there and back with the same bits, and the same logits as transformers computes."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -258,10 +260,47 @@ def test_one_row_of_ours_is_in_memory_at_a_time(tmp_path, monkeypatch):
     make(tmp_path / "theirs", "llama", SMALL)
     from_hugging_face(tmp_path / "theirs", tmp_path / "ours", check=False)
     order = []
-    read, as_bytes = hugging_face.Reader.read_full, hugging_face._bytes
+    read, as_bytes = hugging_face.Reader.read_full, hugging_face.bytes_of
     monkeypatch.setattr(hugging_face.Reader, "read_full", lambda *a: order.append("read") or read(*a))
-    monkeypatch.setattr(hugging_face, "_bytes", lambda x: order.append("write") or as_bytes(x))
+    monkeypatch.setattr(hugging_face, "bytes_of", lambda x: order.append("write") or as_bytes(x))
     to_hugging_face(tmp_path / "ours", tmp_path / "again", check=False)
     runs = "".join(word[0] for word in order).split("r")[1:]
     assert len(runs) == 3 + 3 * 6
     assert {len(writes) for writes in runs} == {1, 2, 3}
+
+
+PEAK = """
+import resource, sys
+import torch
+from megatrain.convert.hugging_face import from_hugging_face, to_hugging_face
+torch.set_num_threads(1)
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+def peak_of(do):
+    open("/proc/self/clear_refs", "w").write("5")  # resets the peak
+    before = resident()
+    do()
+    peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(peak.split()[1]) * 1024 - before
+theirs, ours, again, warm = sys.argv[1:5]
+from_hugging_face(warm, ours + "-warm", check=False)
+to_hugging_face(ours + "-warm", again + "-warm", check=False)
+print(peak_of(lambda: from_hugging_face(theirs, ours, check=False)))
+print(peak_of(lambda: to_hugging_face(ours, again, shard_bytes=int(sys.argv[5]), check=False)))
+"""
+
+
+def test_peak_memory_stays_below_twice_the_largest_file_both_ways(tmp_path):
+    """Resident memory, mapped files included, of a model of several files."""
+    make(tmp_path / "warm", "llama", SMALL)
+    large = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_hidden_layers": 8}
+    make(tmp_path / "theirs", "llama", SMALL | large, shard="24MB")
+    files = [path.stat().st_size for path in (tmp_path / "theirs").glob("*.safetensors")]
+    assert len(files) >= 4
+    words = [sys.executable, "-c", PEAK, *(str(tmp_path / name) for name in ("theirs", "ours", "again", "warm"))]
+    done = subprocess.run([*words, str(max(files))], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    there, back = map(int, done.stdout.split())
+    print(f"{sum(files)} bytes in files of at most {max(files)}: peak {there} there, {back} back")
+    assert 0 < there < 2 * max(files)
+    assert 0 < back < 2 * max(files)
