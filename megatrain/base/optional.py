@@ -1,6 +1,7 @@
 """Optional packages: looked for when first used, and never a mystery when they are not there."""
 
 import importlib
+import logging
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -35,6 +36,16 @@ def optional(name: str) -> Optional:
         return Optional(name, None, why)
     except Exception as error:
         return Optional(name, None, f"it is installed but does not import ({type(error).__name__}: {error})")
+
+
+@cache
+def torchao(module: str) -> Optional:
+    """A module of torchao. It comes with kernels for GPUs and complains where they do not load; none of them is used."""
+    logging.disable(logging.WARNING)
+    try:
+        return optional(f"torchao.{module}")
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 @cache

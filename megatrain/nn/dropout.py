@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megatrain.base.random import seed_of
+from megatrain.nn.hashing import mix
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Noise:
 
     def within(self, name: str) -> "Noise":
         """The noise of the part of the model called `name`, independent of all others."""
-        return dataclasses.replace(self, key=_mix(self.key ^ seed_of(0, "dropout", name)))
+        return dataclasses.replace(self, key=mix(self.key ^ seed_of(0, "dropout", name)))
 
 
 class Dropout(nn.Module):
@@ -61,17 +62,5 @@ def kept(shape: tuple[int, ...], noise: Noise, salt: int, share: float) -> Tenso
     device = noise.key.device
     rows = torch.arange(b, device=device)[:, None, None] * noise.seq_len
     index = (rows + noise.tokens[:, None]) * d + torch.arange(d, device=device)
-    bits = _mix(index ^ _mix(noise.key ^ salt))
+    bits = mix(index ^ mix(noise.key ^ salt))
     return (bits & 0xFFFFFF) >= int(share * 2**24)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64 (Steele et al. 2014) in wrapping int64 arithmetic."""
-    x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9 as a signed number
-    x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, n: int) -> Tensor:
-    """Logical shift right: torch's own copies the sign."""
-    return (x >> n) & ((1 << (64 - n)) - 1)

@@ -4,48 +4,13 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatrain.base.registry import Registry
-
-
-class Optimizer(Protocol):
-    """A choice of the run file's `optimizer` section, registered in `OPTIMIZER`.
-
-    The torch optimiser it builds reads two attributes before it steps, as torch's fused ones do for loss scaling:
-    `grad_scale`, a scalar tensor that gradients are divided by, and `found_inf`, 1 to leave everything as it is. So
-    clipping and the finite decision stay on the device, and no step waits for a number to reach the host.
-    """
-
-    @property
-    def lr(self) -> float:
-        """Peak learning rate; a schedule scales it."""
-        ...
-
-    @property
-    def clip(self) -> float | None:
-        """Largest 2-norm of the whole gradient; None leaves it as it is."""
-        ...
-
-    @property
-    def states(self) -> tuple[str, ...]:
-        """Names of the tensors it keeps for each parameter, each of the parameter's shape."""
-        ...
-
-    def build(self, named: Mapping[str, Tensor]) -> torch.optim.Optimizer:
-        """A torch optimiser over these parameters, by full name; each group holds its `names` and `lr_scale`."""
-        ...
-
-    def allocate(self, optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -> None:
-        """Give each of these parameters the state it has before its first step, where it has none yet."""
-        ...
-
-    def unmatched(self, names: Iterable[str]) -> list[str]:
-        """A sentence for each group whose pattern matches none of `names`."""
-        ...
+from megatrain.optim.steps import State, Steps, Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +36,77 @@ class Group:
 
     def matches(self, name: str) -> bool:
         return fnmatchcase(name, self.match)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """What all choices of the run file's `optimizer` section share; each is registered in `OPTIMIZER`.
+
+    A choice is also the rule (`steps.Rule`) by which its parameters change: it says what it keeps for each tensor and
+    makes a step of a group. One that works element by element inherits all but `states` and `update`.
+    """
+
+    lr: float
+    """Peak learning rate; a schedule scales it."""
+    weight_decay: float = 0.1
+    clip: float | None = 1.0
+    """Largest 2-norm of the whole gradient; null leaves it as it is."""
+    groups: tuple[Group, ...] = ()
+    """Settings of parameters by name; the first that matches wins."""
+
+    def problems(self) -> list[str]:
+        found = [
+            f"{name}={getattr(self, name)} must be at least 0"
+            for name in ("lr", "weight_decay")
+            if getattr(self, name) < 0
+        ]
+        if self.clip is not None and self.clip <= 0:
+            found.append(f"clip={self.clip} must be above 0; write null to leave gradients as they are")
+        return found
+
+    def build(self, named: Mapping[str, Tensor]) -> Steps:
+        """A torch optimiser over these parameters, by full name."""
+        return Steps(self.sorted(named), self.lr)
+
+    def sorted(self, named: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        """`named` as torch's parameter groups, each with its rule."""
+        return [group | {"rule": self} for group in parameter_groups(named, self.weight_decay, self.groups)]
+
+    def unmatched(self, names: Iterable[str]) -> list[str]:
+        """A sentence for each group whose pattern matches none of `names`."""
+        return unmatched(self.groups, names)
+
+    # --------------------------------------------------------------------------------- a rule, element by element
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    @property
+    def sees_whole(self) -> bool:
+        return False
+
+    def start(self, p: Tensor) -> State:
+        step = torch.zeros((), dtype=torch.float32, device=p.device)
+        return {"step": step} | {s: torch.zeros_like(p.data, dtype=torch.float32) for s in self.states}
+
+    def vectors(self, name: str, shape: tuple[int, ...]) -> dict[str, int]:
+        return {}
+
+    def decoded(self, state: State, what: str) -> Tensor:
+        return state[what]
+
+    def encode(self, state: State, what: str, values: Tensor) -> None:
+        pass  # `decoded` gave the memory itself
+
+    def update(self, work: Work) -> None:
+        raise NotImplementedError
+
+
+def beta_problems(betas: tuple[float, ...]) -> list[str]:
+    if all(0 <= beta < 1 for beta in betas):
+        return []
+    return [f"betas={list(betas)} must each be at least 0 and below 1"]
 
 
 def parameter_groups(named: Mapping[str, Tensor], weight_decay: float, groups: Iterable[Group]) -> list[dict[str, Any]]:

@@ -35,6 +35,8 @@ from megatrain.engine.pipeline import passes_of
 from megatrain.nn.batch import Batch
 from megatrain.optim.norm import clip_divisor, global_norm, not_finite, squared_norm
 from megatrain.optim.optimizer import guarded, set_lr, set_step_count, step_count
+from megatrain.optim.steps import load
+from megatrain.optim.whole import Held
 from megatrain.parallel.mesh import ALONE, Mesh
 from megatrain.parallel.shard import Shard, Slice, shard_of, shards, slices_of
 
@@ -197,7 +199,7 @@ class Cast(nn.Module):
 
 
 @dataclass(frozen=True)
-class Held:
+class Fragment:
     """The part of a parameter whose optimiser state this rank holds: a flat range of the local tensor."""
 
     name: str
@@ -235,7 +237,8 @@ class ZeroEngine:
         config = zero_config(self.stage, self.bf16, choice.persistent_below, numel, once=self.once)
         self.engine = initialize(module, self.optimizer, mesh, parts.device, config)
         self.zero = self.engine.optimizer
-        parts.optimizer.allocate(self.optimizer, self._flats())
+        held = [Held(f.name, f.flat, self.shards[f.name], f.start, f.master.numel(), f.at) for f in self._fragments()]
+        self.optimizer.settle(held, self.shards, mesh.axis("stage"))
         if self.once:
             for p in self.named.values():
                 p.grad_dtype = torch.float32
@@ -300,7 +303,7 @@ class ZeroEngine:
                 at += piece.numel()
         counted: list[Tensor] = []
         copies: list[Tensor] = []
-        for held in self._held():
+        for held in self._fragments():
             flat = found[held.group, held.at].flatten()[: held.master.numel()]
             for piece in self.shards[held.name].boxes(held.start, flat.numel()):
                 (counted if piece.counted else copies).append(flat.narrow(0, piece.offset, piece.box.numel))
@@ -317,7 +320,7 @@ class ZeroEngine:
             return list(self.zero.fp32_partitioned_groups_flat)
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def _held(self) -> Iterator[Held]:
+    def _fragments(self) -> Iterator[Fragment]:
         flats = self._flats()
         p: Any  # it has DeepSpeed's attributes
         for name, p in self.named.items():
@@ -334,26 +337,25 @@ class ZeroEngine:
                 group, at = mapping.param_group_index, mapping.hp_fragment_address.start
                 start, numel = mapping.lp_fragment_address.start, mapping.hp_fragment_address.numel
             if numel > 0:
-                yield Held(name, start, flats[group].data.narrow(0, at, numel), flats[group], group, at)
+                yield Fragment(name, start, flats[group].data.narrow(0, at, numel), flats[group], group, at)
 
     def slices(self) -> Iterator[Slice]:
-        for held in self._held():
-            state = self.optimizer.state[held.flat]
-            moments = {s: state[s].narrow(0, held.at, held.master.numel()) for s in self.parts.optimizer.states}
-            for what, values in {"weights": held.master, **moments}.items():
-                yield from slices_of(what, held.name, self.shards[held.name], values, held.start)
+        yield from self._weights()
+        yield from self.optimizer.slices()
+
+    def _weights(self) -> Iterator[Slice]:
+        for f in self._fragments():
+            yield from slices_of("weights", f.name, self.shards[f.name], f.master, f.start)
 
     @torch.no_grad()
     def load(self, fill: Callable[[Slice], None], states: Callable[[str], bool] = lambda state: True) -> None:
-        for piece in self.slices():
-            if states(piece.state):
-                fill(piece)
+        load(self._weights(), self.optimizer, fill, states)
         self._publish()
 
     @torch.no_grad()
     def _start_from(self, exact: dict[str, Tensor]) -> None:
         """Give the masters the values from before rounding: DeepSpeed makes them from the rounded ones."""
-        for held in self._held():
+        for held in self._fragments():
             held.master.copy_(exact[held.name].flatten().narrow(0, held.start, held.master.numel()))
         self._publish()
 
@@ -417,6 +419,7 @@ def zero_config(
         zero["compute_grad_norm"] = False
     else:
         zero["stage3_param_persistence_threshold"] = persistent_below
+        zero["sub_group_size"] = max(1, n_parameters)  # so that a group of the optimiser is stepped on in one go
     if bf16:
         config |= {"bf16": {"enabled": True, "check_grad_overflow": False}, "communication_data_type": "fp32"}
         if once:  # its contiguous buffers have the parameters' format

@@ -25,6 +25,8 @@ from megatrain.engine.passes import Passes, mean, summed
 from megatrain.nn.batch import Batch
 from megatrain.optim.norm import clip_divisor, global_norm, not_finite, squared_norm
 from megatrain.optim.optimizer import guarded, set_lr, set_step_count, step_count
+from megatrain.optim.steps import load
+from megatrain.optim.whole import Held
 from megatrain.parallel.mesh import Axis
 from megatrain.parallel.shard import Shard, Slice, shards, slices_of
 
@@ -47,7 +49,7 @@ class Fsdp2:
 
 
 @dataclass(frozen=True)
-class Held:
+class Rows:
     """This rank's rows of a parameter: a flat range, beginning at `start`, of what its tensor-parallel rank holds."""
 
     parameter: nn.Parameter
@@ -76,11 +78,12 @@ class Fsdp2Engine:
         if problems := parts.optimizer.unmatched(known):
             raise ConfigError(problems)
         shard_model(self.model, self.data, parts)
-        self.held = {name: held(p, known[name], self.data) for name, p in self.model.named_parameters()}
-        trained = {name: h.master for name, h in self.held.items() if h.parameter.requires_grad}
+        self.rows = {name: rows_of(p, known[name], self.data) for name, p in self.model.named_parameters()}
+        trained = {name: h.master for name, h in self.rows.items() if h.parameter.requires_grad}
         self.passes = Passes(self.model, self.data, parts.micro_batch, self.device, parts.precision.autocast)
         self.optimizer = parts.optimizer.build(trained)
-        parts.optimizer.allocate(self.optimizer, trained.values())
+        held = [Held(n, master, known[n], self.rows[n].start, master.numel()) for n, master in trained.items()]
+        self.optimizer.settle(held, known, mesh.axis("stage"))
 
     def step(self, batch: Batch, lr: float) -> StepReport:
         batch = batch.to(self.device)
@@ -93,7 +96,7 @@ class Fsdp2Engine:
         set_lr(self.optimizer, lr)
         with guarded(self.optimizer, clip_divisor(norm, self.parts.optimizer.clip), skipped):
             self.optimizer.step()
-        for h in self.held.values():
+        for h in self.rows.values():
             h.parameter.grad = h.master.grad = None
         return StepReport(mean(summed(loss_sum, self.data), tokens), tokens, norm, skipped)
 
@@ -104,7 +107,7 @@ class Fsdp2Engine:
 
     def _counted_and_copies(self) -> tuple[list[Tensor], list[Tensor]]:
         """This rank's rows of the gradient: those it counts in the norm, and those another tp rank counts."""
-        trained = [h for h in self.held.values() if h.parameter.requires_grad]
+        trained = [h for h in self.rows.values() if h.parameter.requires_grad]
         for h in trained:
             h.master.grad = h.gradient
         sum_partial(((h.shard, h.master.grad.view(-1), h.start) for h in trained if h.master.grad is not None), self.tp)
@@ -123,18 +126,17 @@ class Fsdp2Engine:
     # --------------------------------------------------------------------------------- its state
 
     def slices(self) -> Iterator[Slice]:
-        for name, h in self.held.items():
-            states = self.parts.optimizer.states if h.parameter.requires_grad else ()
-            tensors = {"weights": h.master} | {s: self.optimizer.state[h.master][s] for s in states}
-            for state, tensor in tensors.items():
-                if tensor.numel():
-                    yield from slices_of(state, name, h.shard, tensor.view(-1), h.start)
+        yield from self._weights()
+        yield from self.optimizer.slices()
+
+    def _weights(self) -> Iterator[Slice]:
+        for name, h in self.rows.items():
+            if h.master.numel():
+                yield from slices_of("weights", name, h.shard, h.master.view(-1), h.start)
 
     @torch.no_grad()
     def load(self, fill: Callable[[Slice], None], states: Callable[[str], bool] = lambda state: True) -> None:
-        for piece in self.slices():
-            if states(piece.state):
-                fill(piece)
+        load(self._weights(), self.optimizer, fill, states)
 
     def scalars(self) -> dict[str, Any]:
         return {"optimizer_steps": step_count(self.optimizer)}
@@ -143,7 +145,7 @@ class Fsdp2Engine:
         set_step_count(self.optimizer, scalars["optimizer_steps"])
 
     def close(self) -> None:
-        for h in self.held.values():
+        for h in self.rows.values():
             h.parameter.grad = h.master.grad = None
 
 
@@ -163,10 +165,10 @@ def shard_model(model: Any, data: Axis, parts: Parts) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
-def held(p: Any, shard: Shard, data: Axis) -> Held:
+def rows_of(p: Any, shard: Shard, data: Axis) -> Rows:
     """What this rank holds of `p`: whole rows of it, cut as `torch.chunk` cuts them."""
     local = p.to_local().detach()
     shape = shard.local_shape
     each = -(-shape[0] // data.size)
     first = min(shape[0], data.rank * each)
-    return Held(p, local, shard, first * math.prod(shape[1:]))
+    return Rows(p, local, shard, first * math.prod(shape[1:]))

@@ -16,6 +16,8 @@ from megatrain.engine.pipeline import passes_of
 from megatrain.nn.batch import Batch
 from megatrain.optim.norm import clip_divisor, counted_and_copies, global_norm, not_finite, squared_norm
 from megatrain.optim.optimizer import guarded, set_lr, set_step_count, step_count
+from megatrain.optim.steps import load
+from megatrain.optim.whole import Held
 from megatrain.parallel.shard import Slice, shards, slices_of
 
 
@@ -51,7 +53,11 @@ class PlainEngine:
         self.gradients = self._gradients()
         self.passes = passes_of(parts, parts.mesh)
         self.optimizer = parts.optimizer.build(self.masters)
-        parts.optimizer.allocate(self.optimizer, self.masters.values())
+        whole = [
+            Held(name, master, self.shards[name], 0, master.numel(), counted=self.data.rank == 0)
+            for name, master in self.masters.items()
+        ]
+        self.optimizer.settle(whole, self.shards, parts.mesh.axis("stage"))
 
     def _gradients(self) -> Gradients:
         return Gradients(list(self.named.values()), self.data)
@@ -96,21 +102,17 @@ class PlainEngine:
 
     def slices(self) -> Iterator[Slice]:
         """Of copies on several data-parallel ranks only the first rank's are counted."""
-        for name, p in self.model.named_parameters():
-            master = self.masters.get(name, p)
-            held = {"weights": master.data} | {s: self.optimizer.state[master][s] for s in self._states(name)}
-            for state, tensor in held.items():
-                for piece in slices_of(state, name, self.shards[name], tensor.view(-1)):
-                    yield dataclasses.replace(piece, counted=piece.counted and self.data.rank == 0)
+        yield from self._weights()
+        yield from self.optimizer.slices()
 
-    def _states(self, name: str) -> tuple[str, ...]:
-        return self.parts.optimizer.states if name in self.masters else ()
+    def _weights(self) -> Iterator[Slice]:
+        for name, p in self.model.named_parameters():
+            for piece in slices_of("weights", name, self.shards[name], self.masters.get(name, p).data.view(-1)):
+                yield dataclasses.replace(piece, counted=piece.counted and self.data.rank == 0)
 
     @torch.no_grad()
     def load(self, fill: Callable[[Slice], None], states: Callable[[str], bool] = lambda state: True) -> None:
-        for piece in self.slices():
-            if states(piece.state):
-                fill(piece)
+        load(self._weights(), self.optimizer, fill, states)
         self._publish()
 
     def scalars(self) -> dict[str, Any]:

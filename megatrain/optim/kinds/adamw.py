@@ -1,17 +1,16 @@
 """Adam with decoupled weight decay."""
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from torch.optim.adam import adam
 
-from megatrain.optim.optimizer import OPTIMIZER, Group, parameter_groups, unmatched
+from megatrain.optim.optimizer import OPTIMIZER, Optimizer, beta_problems
+from megatrain.optim.steps import Work
 
 
 @OPTIMIZER.register("adamw")
 @dataclass(frozen=True, kw_only=True)
-class AdamW:
+class AdamW(Optimizer):
     """AdamW in float32, by torch's fused kernel.
 
         m <- b1 m + (1 - b1) g          v <- b2 v + (1 - b2) g^2
@@ -21,41 +20,36 @@ class AdamW:
     learning rate, as torch and most training recipes have it.
     """
 
-    lr: float
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip: float | None = 1.0
-    """Largest 2-norm of the whole gradient; null leaves it as it is."""
-    groups: tuple[Group, ...] = ()
 
     def problems(self) -> list[str]:
-        found = []
-        if self.lr < 0:
-            found.append(f"lr={self.lr} must be at least 0")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            found.append(f"betas={list(self.betas)} must each be at least 0 and below 1")
+        found = super().problems() + beta_problems(self.betas)
         if self.eps < 0:
             found.append(f"eps={self.eps} must be at least 0")
-        if self.weight_decay < 0:
-            found.append(f"weight_decay={self.weight_decay} must be at least 0")
-        if self.clip is not None and self.clip <= 0:
-            found.append(f"clip={self.clip} must be above 0; write null to leave gradients as they are")
         return found
 
     @property
     def states(self) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
 
-    def build(self, named: Mapping[str, Tensor]) -> torch.optim.AdamW:
-        groups = parameter_groups(named, self.weight_decay, self.groups)
-        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
-
-    def allocate(self, optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -> None:
-        for p in tensors:
-            if not optimizer.state[p]:
-                step = torch.zeros((), dtype=torch.float32, device=p.device)
-                optimizer.state[p] = {"step": step} | {state: torch.zeros_like(p.data) for state in self.states}
-
-    def unmatched(self, names: Iterable[str]) -> list[str]:
-        return unmatched(self.groups, names)
+    def update(self, work: Work) -> None:
+        adam(
+            work.tensors,
+            [p.grad for p in work.tensors if p.grad is not None],
+            [state["exp_avg"] for state in work.states],
+            [state["exp_avg_sq"] for state in work.states],
+            [],
+            [state["step"] for state in work.states],
+            fused=True,
+            grad_scale=work.step.divisor,
+            found_inf=work.step.found_inf,
+            decoupled_weight_decay=True,
+            amsgrad=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=work.step.lr,
+            weight_decay=work.step.weight_decay,
+            eps=self.eps,
+            maximize=False,
+        )
