@@ -95,6 +95,22 @@ to_tokens = _pair("ToTokens", _all_to_all(TOKENS, HEADS), _all_to_all(HEADS, TOK
 """[b, h / size, t, k] -> [b, h, t / size, k]: back."""
 
 
+def start_all_gather(x: Tensor, axis: Axis) -> Tensor:
+    """Begin to collect the rows of the sequence from all ranks of `axis`; `wait` for it."""
+    return _gather_tensor(x.contiguous(), SEQUENCE, axis.group)
+
+
+def start_reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
+    """Begin to add up partial sums and to deal them out over the sequence; `wait` for it."""
+    return _scatter_tensor(x.contiguous(), "sum", SEQUENCE, axis.group)
+
+
+def start_all_reduce(x: Tensor, axis: Axis) -> Tensor:
+    """Begin to add up partial sums; `wait` for it."""
+    group: Any = axis.group
+    return funcol.all_reduce(x.contiguous(), "sum", group)
+
+
 def start_shift(x: Tensor, axis: Axis) -> Tensor:
     """Begin to send x [n, ...] to the next rank of a ring and to receive what the previous one has; `wait` for it."""
     lengths = [0] * axis.size, [0] * axis.size

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from megatrain.parallel.overlapped import column_linear, overlaps
 from megatrain.parallel.product import linear
 from megatrain.parallel.shard import Init, constant, parameter
 from megatrain.parallel.tensor import TensorParallel
@@ -47,6 +48,8 @@ class ColumnParallelLinear(nn.Module):
         self.bias = parameter(tp.cut((d_out,), constant(0.0), 0, pieces, shared)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.product is linear and overlaps(x, self.tp):
+            return column_linear(x, self.weight, self.bias, self.tp)
         return self.product(self.tp.enter(x), self.weight, self.bias)
 
 

@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatrain.base.errors import LayoutError
+from megatrain.parallel import product
 from megatrain.parallel.collectives import own_rows
 from megatrain.parallel.embedding import VocabParallelEmbedding
 from megatrain.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatrain.parallel.mesh import Axis, Mesh
+from megatrain.parallel.product import linear
 from megatrain.parallel.shard import initialise, normal, shard_of
 from megatrain.parallel.tensor import TensorParallel
 from tests.contract import assert_near, leaf, randomise
@@ -124,3 +126,39 @@ def test_rows_are_dealt_without_gap_and_no_rank_goes_empty(n, size):
     assert [r[0] for r in ranges] == [0, *(r[1] for r in ranges[:-1])]
     assert ranges[-1][1] == n
     assert all(start < stop for start, stop in ranges)
+
+
+# ------------------------------------------------------------------------------------------------ overlapped
+
+
+def column_twice() -> None:
+    """The overlapped product and the plain one behind a collective: same bits, also under autocast and compiled."""
+    product.CPU_MULTIPLIES_BF16 = True  # so that this CPU takes the path of others, and of a GPU
+    axis = Mesh.of(tp=2).at(dist.get_rank()).connect().axis("tp")
+    for sequence in (False, True):
+        for bias in (False, True):
+            for low in (False, True):
+                tp = TensorParallel(axis, sequence)
+                overlapped = ColumnParallelLinear(D_IN, sum(PIECES), tp, init=normal(0.3), pieces=PIECES, bias=bias)
+                initialise(overlapped, seed=1)
+                parameters = list(overlapped.parameters())
+                x = leaf(2, 4, D_IN)
+                autocast = torch.autocast("cpu", torch.bfloat16, enabled=low)
+                with autocast:
+                    y = overlapped(x)
+                    exact = linear(tp.enter(x), overlapped.weight, overlapped.bias)
+                cotangent = leaf(*y.shape, seed=4).detach().to(y.dtype)
+                expected = torch.autograd.grad(exact, [x, *parameters], cotangent)
+                assert torch.equal(y, exact)
+                for a, b in zip(torch.autograd.grad(y, [x, *parameters], cotangent), expected, strict=True):
+                    assert torch.equal(a, b)
+                    assert a.dtype == b.dtype
+                fast = torch.compile(overlapped.forward, fullgraph=True, backend="aot_eager")
+                with autocast:
+                    y = fast(x)
+                for a, b in zip(torch.autograd.grad(y, [x, *parameters], cotangent), expected, strict=True):
+                    assert_near(a, b, 2e-2 if low else None)
+
+
+def test_collectives_that_run_beside_products_change_no_bit():
+    run(column_twice, 2)
