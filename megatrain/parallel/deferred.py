@@ -39,11 +39,12 @@ class Owed:
         if weight.grad is not None:
             add_product(weight.grad, grad, x)
             return
-        kept = weight.grad_dtype or weight.dtype
-        if kept == grad.dtype:
+        if weight.dtype != torch.float32:
+            weight.grad_dtype = torch.float32
+        if grad.dtype == torch.float32:
             product = multiply(grad.T, x)
         else:
-            product = torch.zeros(grad.shape[1], x.shape[1], dtype=kept, device=x.device)
+            product = torch.zeros(grad.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
             add_product(product, grad, x)
         if weight.shape == product.shape:
             weight.grad = product

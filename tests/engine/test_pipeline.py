@@ -185,6 +185,20 @@ DEEPSPEED = [
     Case("zbv", "deepspeed", 2, dp=2),
     Case("dualpipev", "deepspeed", 3, dp=1),
 ]
+FSDP2 = [
+    Case("gpipe", "fsdp2", 2, dp=2),
+    Case("1f1b", "fsdp2", 2, dp=2, tied=False),
+    Case("interleaved", "fsdp2", 2, dp=2),
+    Case("looped_bfs", "fsdp2", 2, dp=2),
+    Case("interleaved_zero_bubble", "fsdp2", 2, dp=2),
+    Case("zbv", "fsdp2", 2, dp=2, tied=False),
+    Case("dualpipev", "fsdp2", 2, dp=2, tied=False),
+]
+
+
+def test_pipelines_under_fsdp2_equal_one_process():
+    for case, *stories in zip(FSDP2, *run(tell_all, 4, FSDP2), strict=True):
+        assert_equal(case, stories)
 
 
 @pytest.mark.parametrize("case", DEEPSPEED, ids=str)

@@ -21,7 +21,9 @@ from megatrain.base.errors import ConfigError
 from megatrain.engine.api import ENGINE, Engine, EngineCase, Parts, StepReport
 from megatrain.engine.gradients import sum_partial
 from megatrain.engine.groups import connected
-from megatrain.engine.passes import Passes, mean, summed
+from megatrain.engine.passes import mean, summed
+from megatrain.engine.pipeline import passes_of
+from megatrain.models.stages import Stages
 from megatrain.nn.batch import Batch
 from megatrain.optim.norm import clip_divisor, global_norm, not_finite, squared_norm
 from megatrain.optim.optimizer import guarded, set_lr, set_step_count, step_count
@@ -42,7 +44,19 @@ class Fsdp2:
                 f"the fsdp2 engine shards gradients and parameters always, so layout.zero={case.zero} is not for it: "
                 "set 2 or 3, or set layout.engine=deepspeed"
             ]
-        return []
+        reasons = []
+        if case.pp > 1 and case.zero == 3:
+            reasons.append(
+                f"layout.zero=3 with layout.pp={case.pp}: under the fsdp2 engine a pipeline stage keeps its gathered "
+                "parameters from its first forward to its last backward: set layout.zero=2, or layout.engine=deepspeed"
+            )
+        if case.tied and case.schedule is not None and case.schedule.placement == "v":
+            reasons.append(
+                "fully_shard cannot share an embedding between the first and the last stage, which this schedule puts "
+                "on one rank: set model.tie_embeddings=false, layout.engine=deepspeed, or "
+                "layout.schedule=interleaved_zero_bubble"
+            )
+        return reasons
 
     def build(self, parts: Parts) -> Engine:
         return Fsdp2Engine(parts)
@@ -75,12 +89,12 @@ class Fsdp2Engine:
         self.data, self.tp, self.pp = (mesh.axis(name) for name in ("data", "tp", "pp"))
         self.model.to(self.device)
         known = shards(self.model)
-        if problems := parts.optimizer.unmatched(known):
+        if problems := parts.optimizer.unmatched(parts.all_names or known):
             raise ConfigError(problems)
-        shard_model(self.model, self.data, parts)
+        self.passes = passes_of(parts, mesh)  # before parameters are replaced and forget their shards
+        self.sharded = shard_model(self.model, self.data, parts)
         self.rows = {name: rows_of(p, known[name], self.data) for name, p in self.model.named_parameters()}
         trained = {name: h.master for name, h in self.rows.items() if h.parameter.requires_grad}
-        self.passes = Passes(self.model, self.data, parts.micro_batch, self.device, parts.precision.autocast)
         self.optimizer = parts.optimizer.build(trained)
         held = [Held(n, master, known[n], self.rows[n].start, master.numel()) for n, master in trained.items()]
         self.optimizer.settle(held, known, mesh.axis("stage"))
@@ -111,6 +125,7 @@ class Fsdp2Engine:
         for h in trained:
             h.master.grad = h.gradient
         sum_partial(((h.shard, h.master.grad.view(-1), h.start) for h in trained if h.master.grad is not None), self.tp)
+        self.passes.sum_tied({n: h.master.grad for n, h in self.rows.items() if h.master.grad is not None})
         counted: list[Tensor] = []
         copies: list[Tensor] = []
         for h in trained:
@@ -121,7 +136,10 @@ class Fsdp2Engine:
         return counted, copies
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self.passes.evaluate(batch)
+        result = self.passes.evaluate(batch)
+        for module in self.sharded:  # what it gathered must not outlive the weights
+            module.reshard()
+        return result
 
     # --------------------------------------------------------------------------------- its state
 
@@ -149,8 +167,11 @@ class Fsdp2Engine:
             h.parameter.grad = h.master.grad = None
 
 
-def shard_model(model: Any, data: Axis, parts: Parts) -> None:
-    """Shard each block, then the rest, over the ranks of `data`."""
+def shard_model(model: Any, data: Axis, parts: Parts) -> list[Any]:
+    """Shard each block, then the rest, over the ranks of `data`: the modules that were sharded.
+
+    The stages of a pipeline are models of their own.
+    """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -160,9 +181,13 @@ def shard_model(model: Any, data: Axis, parts: Parts) -> None:
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    for block in model.layers.values():
+    blocks = list(model.layers.values())
+    for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=parts.zero == 3)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    roots = [stage for _, stage in model.stages] if isinstance(model, Stages) else [model]
+    for root in roots:
+        fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    return blocks + roots
 
 
 def rows_of(p: Any, shard: Shard, data: Axis) -> Rows:
