@@ -1,100 +1,34 @@
 """Real engines: what any layout saves, any other takes up with the same bits and goes on with the same losses."""
 
+import itertools
 import random
-from dataclasses import dataclass
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatrain.checkpoint.checkpoints import Checkpoints
 from megatrain.checkpoint.read import find
-from megatrain.engine.kinds.deepspeed import DeepSpeed
-from megatrain.models.decoder import Decoder
-from megatrain.optim.kinds.adamw import AdamW
-from megatrain.optim.optimizer import Group
-from megatrain.parallel.shard import initialise
-from megatrain.parallel.tensor import TensorParallel
-from tests.engine.toy import SEQ_LEN, VOCABULARY, connected, floats, rows_of, toy_batch, toy_engine
+from tests.checkpoint.layouts import SAVED_AT, Case, case, every_case, path_of, take_up, train_and_save
 from tests.ranks import run
 
-ROWS, SAVED_AT, GOES_ON = 8, 5, 5
 SEED = 11
 
-# Groups that do not follow the order of parameters: a partition then has pieces of many of them.
-OPTIMIZER = AdamW(
-    lr=1e-2, eps=1e-4, clip=0.5,
-    groups=(Group(match="*.to_out.*", lr_scale=0.5), Group(match="embedding.*", weight_decay=0.01)),
-)  # fmt: skip
 
-
-@dataclass(frozen=True)
-class Layout:
-    kind: str = "plain"
-    zero: int = 0
-    dp: int = 1
-    tp: int = 1
-    tied: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.kind}-{self.zero}-dp{self.dp}-tp{self.tp}" + ("" if self.tied else "-untied")
-
-    @property
-    def ranks(self) -> int:
-        return self.dp * self.tp
-
-    def engine(self):
-        mesh = connected(self.tp)
-        tp = TensorParallel(mesh.axis("tp"), self.tp > 1)
-        model = Decoder(d_model=20, n_layers=1, n_heads=4, head_dim=6, d_ff=24, tie_embeddings=self.tied)
-        model = model.build(n_valid=VOCABULARY, seq_len=SEQ_LEN, tp=tp)
-        initialise(model, seed=3)
-        choice = DeepSpeed(persistent_below=0) if self.kind == "deepspeed" else None
-        return toy_engine(self.kind, self.zero, mesh, model=model, optimizer=OPTIMIZER, choice=choice), mesh
-
-
-def losses(engine, mesh, steps: range) -> list[float]:
-    return [floats(engine.step(rows_of(toy_batch(k, ROWS), mesh), 1e-2))[0] for k in steps]
-
-
-def save(checkpoints: Checkpoints, engine) -> None:
-    checkpoints.save(SAVED_AT, engine.slices(), {"engine": engine.scalars()}, {})
-
-
-def train_and_save(layout: Layout, folder: str) -> list[float]:
-    """Losses of all steps, the state in the middle saved."""
-    engine, mesh = layout.engine()
-    checkpoints = Checkpoints(folder, mesh.axis("world"))
-    found = losses(engine, mesh, range(SAVED_AT))
-    save(checkpoints, engine)
-    found += losses(engine, mesh, range(SAVED_AT, SAVED_AT + GOES_ON))
-    checkpoints.close()
-    engine.close()
+def call(function, cases: list[tuple[Case, object]], folder: Path) -> dict[Case, object]:
+    """`function` over cases, in as few starts as possible: DeepSpeed wants one for each, the others share."""
+    found: dict[Case, object] = {}
+    shared = defaultdict(list)
+    for c, asked in cases:
+        shared[c.ranks, c if c.engine == "deepspeed" else None].append((c, asked))
+    for (ranks, _), rows in shared.items():
+        asked = [what for _, what in rows]
+        told = function(asked, str(folder)) if ranks == 1 else run(function, ranks, asked, str(folder), timeout=1800)[0]
+        found |= dict(zip((c for c, _ in rows), told, strict=True))
     return found
 
 
-def take_up(layout: Layout, sources: list[str], out: str) -> list[list[float]]:
-    """The losses that follow on each source; what is saved right after loading lies in a folder of its number."""
-    engine, mesh = layout.engine()
-    found = []
-    for i, source in enumerate(sources):
-        theirs, ours = Checkpoints(source, mesh.axis("world")), Checkpoints(f"{out}/{i}", mesh.axis("world"))
-        reader = theirs.newest().reader()
-        ours.load(reader, engine)
-        engine.load_scalars(reader.state["engine"])
-        save(ours, engine)
-        found.append(losses(engine, mesh, range(SAVED_AT, SAVED_AT + GOES_ON)))
-        ours.close()
-        theirs.close()
-    engine.close()
-    return found
-
-
-def call(function, layout: Layout, *args):
-    return function(layout, *args) if layout.ranks == 1 else run(function, layout.ranks, layout, *args)[0]
-
-
-def assert_same_bits(a: str | Path, b: str | Path) -> None:
+def assert_same_bits(a: Path, b: Path) -> None:
     a, b = find(a).reader(), find(b).reader()
     assert a.manifest.tensors.keys() == b.manifest.tensors.keys()
     assert {"exp_avg", "exp_avg_sq", "weights"} <= set(a.states())
@@ -105,41 +39,70 @@ def assert_same_bits(a: str | Path, b: str | Path) -> None:
         assert torch.equal(x.view(torch.int32), y.view(torch.int32)), (state, name)
 
 
-def check_pairs(sources: list[Layout], targets: dict[Layout, list[Layout]], folder: Path) -> None:
-    alone = {layout.tied: call(train_and_save, Layout(tied=layout.tied), f"{folder}/alone") for layout in sources[:1]}
-    straight = {layout: call(train_and_save, layout, f"{folder}/{layout}") for layout in sources}
-    for layout, found in straight.items():
-        assert found == pytest.approx(alone[layout.tied], rel=1e-5)
-    for target, chosen in targets.items():
-        told = call(take_up, target, [f"{folder}/{source}" for source in chosen], f"{folder}/again/{target}")
-        for i, (source, found) in enumerate(zip(chosen, told, strict=True)):
-            assert_same_bits(f"{folder}/{source}", f"{folder}/again/{target}/{i}")
+def check_pairs(pairs: list[tuple[Case, Case]], folder: Path) -> None:
+    """Each (source, target): bits after loading, losses of the steps that follow."""
+    sources = list(dict.fromkeys(source for source, _ in pairs))
+    straight = call(train_and_save, [(c, c) for c in sources], folder)
+    for c in sources:
+        alone = next((s for s in sources if s.ranks == 1 and s.model == c.model), c)
+        assert straight[c] == pytest.approx(straight[alone], rel=1e-5), c
+    targets = list(dict.fromkeys(target for _, target in pairs))
+    asked = [(t, (t, [source for source, target in pairs if target == t])) for t in targets]
+    told = call(take_up, asked, folder)
+    for target, (_, chosen) in asked:
+        for source, found in zip(chosen, told[target], strict=True):
+            assert_same_bits(path_of(folder, source), path_of(folder, source, target))
             assert found == pytest.approx(straight[source][SAVED_AT:], rel=1e-6), f"{source} -> {target}"
 
 
-FEW = [Layout(), Layout("deepspeed", 3, dp=2), Layout("plain", tp=2)]
+def there_and_back(cases: list[Case]) -> list[tuple[Case, Case]]:
+    """Each to one process of its model, and that one's to each."""
+    alone = {c.model: case(model=c.model) for c in cases}
+    return [pair for c in cases for pair in ((c, alone[c.model]), (alone[c.model], c))]
 
 
-def test_three_layouts_take_up_each_others_state(memory_path):
-    check_pairs(FEW, dict.fromkeys(FEW, FEW), memory_path)
+FEW = [
+    case("plain", tp=2),
+    case("plain", pp=2),
+    case("plain", cp=2),
+    case("fsdp2", 3, dp=2),
+    case("deepspeed", 3, dp=2),
+    case("plain", dp=2, model="frozen"),
+    case("fsdp2", 2, dp=2, model="frozen"),
+]
 
 
-def all_layouts(tied: bool) -> list[Layout]:
-    sizes = [(dp, tp) for dp in (1, 2, 3, 4) for tp in (1, 2, 4) if dp * tp <= 4]
-    plain = [Layout("plain", 0, dp, tp, tied) for dp, tp in sizes if ROWS % dp == 0]
-    zero = [Layout("deepspeed", z, dp, tp, tied) for z in (0, 1, 2, 3) for dp, tp in sizes if dp > 1 and ROWS % dp == 0]
-    return plain + zero
+def test_a_layout_of_each_kind_goes_to_one_process_and_back_and_on_to_another(memory_path):
+    across = [(a, b) for a, b in itertools.pairwise(FEW) if a.model == b.model]
+    check_pairs(there_and_back(FEW) + across, memory_path)
+
+
+def test_the_full_list_has_every_axis_engine_and_stage_and_all_cases_of_the_short_one():
+    listed = every_case("tied")
+    assert {(c.engine, c.layout.zero) for c in listed} == {
+        ("plain", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3),
+        ("fsdp2", 2), ("fsdp2", 3),
+    }  # fmt: skip
+    sizes = {(axis, getattr(c.layout, axis)) for c in listed for axis in ("pp", "dp", "cp", "tp")}
+    assert sizes == {(axis, n) for axis in ("pp", "dp", "cp", "tp") for n in (1, 2, 3, 4)}
+    assert set(FEW) <= set(listed) | set(every_case("frozen"))
+    assert not any(c.engine == "deepspeed" and c.layout.zero for c in every_case("frozen"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_every_layout_goes_to_one_process_and_back_and_forty_pairs_go_across(tied, memory_path):
-    layouts = all_layouts(tied)
-    alone = layouts[0]
-    r = random.Random(SEED)
+@pytest.mark.timeout(4 * 3600)
+@pytest.mark.parametrize("model", ["tied", "untied", "frozen"])
+def test_every_layout_goes_to_one_process_and_back(model, memory_path):
+    check_pairs(there_and_back(every_case(model)[1:]), memory_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * 3600)
+@pytest.mark.parametrize("model", ["tied", "untied", "frozen"])
+def test_forty_pairs_by_a_printed_seed_go_across(model, memory_path):
+    layouts, r = every_case(model)[1:], random.Random(SEED)
     print(f"pairs are drawn with seed {SEED}")
-    targets = {layout: [alone] for layout in layouts} | {alone: list(layouts)}
-    for _ in range(40):
-        target = r.choice(layouts[1:])
-        targets[target].append(r.choice([layout for layout in layouts if layout not in (target, alone)]))
-    check_pairs(layouts, targets, memory_path)
+    pairs = [tuple(r.sample(layouts, 2)) for _ in range(40)]
+    for source, target in pairs:
+        print(f"{source} -> {target}")
+    check_pairs(list(dict.fromkeys(pairs)), memory_path)
