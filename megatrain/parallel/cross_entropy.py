@@ -40,9 +40,14 @@ def linear_cross_entropy(
         float32 scalar.
     """
     n_local = max(0, min(weight.shape[0], n_valid - first))
-    limit = CHUNK_BYTES if hidden.device.type == "cpu" else GPU_CHUNK_BYTES
-    rows = max(1, limit * axis.size // (4 * n_valid))  # the same on every rank, however many columns it holds
+    rows = chunk_rows(n_valid, axis.size, hidden.device.type)
     return _LinearCrossEntropy.apply(hidden, weight, targets, weights, axis, first, n_local, rows)
+
+
+def chunk_rows(n_valid: int, size: int, device: str) -> int:
+    """Tokens whose logits exist at once: the same on every rank, however many columns it holds."""
+    limit = CHUNK_BYTES if device == "cpu" else GPU_CHUNK_BYTES
+    return max(1, limit * size // (4 * n_valid))
 
 
 def reference(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, *, n_valid: int) -> Tensor:

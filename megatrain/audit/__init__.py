@@ -1,0 +1,1 @@
+"""A step watched: operators, bytes, FLOPs, memory, host synchronisations, communication."""
