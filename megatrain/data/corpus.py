@@ -33,6 +33,7 @@ from megatrain.data.store import Store, is_remote, open_store, read_whole, redac
 
 _FEW = 6  # documents that are copied faster one by one than gathered
 _READERS = 4096  # places that a shard remembers
+_EPOCHS = 100  # that may pass without a document in the part of a slot
 _OPEN_SHARDS = 512  # shuffled shards kept at once, at 24 bytes a document
 
 
@@ -61,7 +62,7 @@ class ShuffledShard:
     def __init__(self, shard: Shard, order: NDArray[np.int64]):
         self.shard = shard
         self.order = order
-        length = shard.length[order]
+        length = shard.length[order]  # tokens; bytes where documents are raw text
         self.end = np.cumsum(length)
         self.begin = self.end - length
         self.shift = shard.start[order] - self.begin  # from a position to an element of the tar
@@ -143,14 +144,15 @@ class Corpus:
         self.manifest = Manifest.read(Path(address)) if store is None else _remote_manifest(store)
         self._store, self._address = store, address
         self.fingerprint = self.manifest.fingerprint
-        if split not in self.manifest.splits or not self.manifest.splits[split].tokens:
-            full = [name for name, s in self.manifest.splits.items() if s.tokens]
+        if split not in self.manifest.splits or not self.manifest.splits[split].size:
+            full = [name for name, s in self.manifest.splits.items() if s.size]
             raise DataError(
                 f"{self.name} has nothing in its {split} split (it has: {', '.join(full) or 'nothing at all'}): build "
                 "it from more text"
             )
         self.split = self.manifest.splits[split]
-        self.n_tokens = self.split.tokens
+        self.size = self.split.size
+        """Tokens, or bytes of raw text: what parts and positions are counted in."""
         self.shards = [self._open(entry, address, store, cache or Cache()) for entry in self.split.shards]
         self._reading: dict[int, tuple[int, int, ShuffledShard, int]] = {}
         """By slot: a range of what it reads, counted as in `read`, that lies in one shard; and the shift to there."""
@@ -159,9 +161,13 @@ class Corpus:
 
     def _open(self, entry: ShardEntry, address: str, store: Store | None, cache: Cache) -> Shard:
         if store is None:
-            return Shard.of(Path(address), entry, self.manifest.dtype)
+            return Shard.of(Path(address), entry, self._dtype)
         check_paths(entry, self.name)
-        return RemoteShard(store, entry, self.manifest.dtype, cache)
+        return RemoteShard(store, entry, self._dtype, cache)
+
+    @property
+    def _dtype(self) -> str:
+        return "uint8" if self.split.is_text else self.manifest.dtype
 
     def special_tokens(self) -> dict[str, int]:
         """Ids of the tokenizer's special tokens by text; none where its file is not here."""
@@ -180,7 +186,7 @@ class Corpus:
 
     def part(self, slot: int, n_slots: int) -> tuple[int, int]:
         """The range of every epoch that a slot reads."""
-        return slot * self.n_tokens // n_slots, (slot + 1) * self.n_tokens // n_slots
+        return slot * self.size // n_slots, (slot + 1) * self.size // n_slots
 
     def read(self, slot: int, n_slots: int, start: int, count: int) -> list[Stretch]:
         """What a slot that has read `start` tokens reads next, `count` tokens in all."""
@@ -213,6 +219,37 @@ class Corpus:
                 yield Stretch(self._shuffle(epoch, shards, place), start - begin, upto - begin)
             start, place = upto, place + 1
 
+    def next_document(self, slot: int, n_slots: int, start: int) -> tuple[int, ShuffledShard, int, int]:
+        """The first document that begins where `start`, counted as in `read`, is, or after it in the slot's part.
+
+        Returns:
+            its position, its shard, its place in there, and the position of what follows it.
+
+        Raises:
+            DataError: no document begins in the slot's part.
+        """
+        low, high = self.part(slot, n_slots)
+        for epoch in range(start // (high - low), start // (high - low) + _EPOCHS):
+            first = low + start - epoch * (high - low)
+            begin, shard, place = self._first_beginning(epoch, max(first, low))
+            if shard is not None and begin < high:
+                position = epoch * (high - low) + begin - low
+                size = int(shard.end[place] - shard.begin[place])
+                self._look_ahead(epoch, begin)
+                return position, shard, place, min(position + size, (epoch + 1) * (high - low))
+        raise DataError(f"no document of {self.name} begins in the part of slot {slot}: lower data.slots")
+
+    def _first_beginning(self, epoch: int, start: int) -> tuple[int, ShuffledShard | None, int]:
+        """The first document that begins at `start` of an epoch's stream or after: where, its shard, its place."""
+        shards = self._epoch(epoch)
+        for number in range(int(shards.end.searchsorted(start, side="right")), len(shards.end)):
+            if shards.end[number] > shards.begin[number]:  # a shard may be empty
+                shard, begin = self._shuffle(epoch, shards, number), int(shards.begin[number])
+                place = int(shard.begin.searchsorted(start - begin))
+                if place < len(shard.begin):
+                    return begin + int(shard.begin[place]), shard, place
+        return 0, None, 0
+
     def _look_ahead(self, epoch: int, position: int) -> None:
         """Tell a remote shard which one a slot at this position comes to next."""
         shards = self._epoch(epoch)
@@ -225,7 +262,8 @@ class Corpus:
     def _epoch(self, epoch: int) -> "_Epoch":
         if epoch not in self._epochs:
             order = permutation(len(self.shards), self.seed, "shards", self.fingerprint, epoch)
-            length = np.array([shard.entry.tokens for shard in self.shards], dtype=np.int64)[order]
+            sizes = [s.entry.text_bytes if self.split.is_text else s.entry.tokens for s in self.shards]
+            length = np.array(sizes, dtype=np.int64)[order]
             end = np.cumsum(length)
             _keep(self._epochs, epoch, _Epoch(order, end - length, end), 4)
         return self._epochs[epoch]

@@ -5,7 +5,7 @@ read ahead or on where the run was stopped. Each batch carries the places of all
 and not trained on is not lost.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -14,9 +14,9 @@ from megatrain.base.log import warn
 from megatrain.data.config import Data
 from megatrain.data.held_out import HeldOut
 from megatrain.data.manifest import TRAIN, TokenizerEntry
-from megatrain.data.rows import Arrays, Piece, empty
+from megatrain.data.read_ahead import makers
+from megatrain.data.rows import Arrays, Piece
 from megatrain.data.stream import Order, Stream
-from megatrain.data.worker import Task, Worker
 from megatrain.nn.batch import Batch
 
 
@@ -26,11 +26,13 @@ class Feed(Iterator[Batch]):
     with Feed.open(data, seed=0, global_batch=32, dp_rank=1, dp_size=4, cursors=saved) as feed:
         batch = next(feed)      # 8 rows
         save(batch.cursors)     # the same on every rank: places of all slots after this batch
+
+    Where a source is raw text, a rank knows the places of its own slots only: `slots.merged` puts those of all ranks
+    together.
     """
 
     def __init__(self, order: Order, cursors: dict[str, Any] | None = None, pin_memory: bool = False):
         self.order, self.pin_memory = order, pin_memory
-        self._workers: list[Worker] = []
         self.skipped: dict[tuple[str, str], int] = {}
         """Tokens left out so far on this rank, by (tar, document), since the document is damaged (data.on_damage)."""
         self._stream = Stream(order, cursors)  # opened even beside workers, since it refuses what is wrong at once
@@ -76,7 +78,7 @@ class Feed(Iterator[Batch]):
 
     @property
     def worker_pids(self) -> list[int]:
-        return [worker.process.pid for worker in self._workers]
+        return [worker.process.pid for worker in self._makers.workers]
 
     def seek(self, cursors: dict[str, Any] | None) -> None:
         """Go on after the batch that carried `cursors`, or from the very beginning. Costs the same everywhere."""
@@ -86,30 +88,21 @@ class Feed(Iterator[Batch]):
 
     def _start(self, cursors: dict[str, Any] | None) -> None:
         self._delivered = self._stream.slots.batches
-        n, self._turn = self.order.data.workers, 0
-        self._workers = [Worker(Task(self.order, cursors, i, n)) for i in range(n)]
+        self._makers = makers(self._stream, cursors)
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:
-        if self._workers:
-            arrays, filled = self._workers[self._turn % len(self._workers)].next()
-            self._note(filled.skipped)
-            packed, cursors, copy = filled.packed, filled.cursors, True
-            self._turn += 1
-        else:
-            arrays = empty(*self._stream.shape)
-            packed, rows = self._stream.fill(arrays)
-            self._note(rows.skipped)
-            cursors, copy = self._stream.cursors(), False
-        tensors = tensors_of(arrays, self.pin_memory, copy)
+        ready = self._makers.next()
+        self._note(ready.skipped)
+        tensors = tensors_of(ready.arrays, self.pin_memory, ready.borrowed)
         first_row = self.order.dp_rank * self.order.n_rows
-        batch = Batch(**tensors, packed=packed, cursors=cursors, step=self._delivered, first_row=first_row)
+        batch = Batch(**tensors, packed=ready.packed, cursors=ready.cursors, step=self._delivered, first_row=first_row)
         self._delivered += 1
         return batch
 
-    def _note(self, skipped: list[Piece]) -> None:
+    def _note(self, skipped: Sequence[Piece]) -> None:
         for piece in skipped:
             named = piece.tar, piece.document
             if named not in self.skipped:
@@ -118,9 +111,9 @@ class Feed(Iterator[Batch]):
 
     def close(self) -> None:
         """End the workers."""
-        for worker in self._workers:
+        for worker in self._makers.workers:
             worker.close()
-        self._workers = []
+        self._makers.workers.clear()
 
     def __enter__(self) -> Self:
         return self

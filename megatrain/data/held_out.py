@@ -34,7 +34,7 @@ class HeldOut:
         weights = [source.weight for source in self.data.sources]
         position = np.zeros(len(weights), dtype=np.int64)
         credit = np.zeros((1, len(weights)), dtype=np.int64)
-        sizes = np.array([corpus.n_tokens for corpus in self.corpora])
+        sizes = np.array([corpus.size for corpus in self.corpora])
         share = mixture.shares(weights)
         while (left := position < sizes).any():
             picked = mixture.draw(credit, share, self.data.seq_len)
@@ -63,5 +63,5 @@ class HeldOut:
         at = 0
         for stretch in self.corpora[source].read(0, 1, start, rows.seq_len):
             at = rows.put(row, at, stretch)
-        left = self.corpora[source].n_tokens - start if counted else 0
+        left = self.corpora[source].size - start if counted else 0
         rows.arrays["weights"][row, max(0, left) :] = 0  # past the end the stream begins again

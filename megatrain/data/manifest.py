@@ -14,6 +14,7 @@ VERSION = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 TRAIN, HELD_OUT = "train", "held_out"
+TOKENS, TEXT = "tokens", "text"
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -23,7 +24,7 @@ def token_dtype(vocab_size: int) -> str:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """A shard as the manifest knows it. Paths are relative to the data set's folder."""
+    """A shard as the manifest knows it. Paths are relative to the data set's folder. Text has 0 tokens."""
 
     path: str
     bytes: int
@@ -40,6 +41,19 @@ class Split:
     """The shards of one split, in order."""
 
     shards: tuple[ShardEntry, ...] = ()
+    form: str = TOKENS
+    """TOKENS; or TEXT, which is tokenised when it is read."""
+    text_field: str = "text"
+    """Key of the text in documents that are JSON objects."""
+
+    @property
+    def is_text(self) -> bool:
+        return self.form == TEXT
+
+    @property
+    def size(self) -> int:
+        """What slots share: tokens, or bytes of text."""
+        return self.text_bytes if self.is_text else self.tokens
 
     @property
     def documents(self) -> int:
@@ -79,13 +93,14 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Changes when any shard does, or their order."""
-        parts = [(name, [s.sha256 for s in self.splits[name].shards]) for name in sorted(self.splits)]
+        parts = [(name, _content(self.splits[name])) for name in sorted(self.splits)]
         return hashlib.sha256(json.dumps([parts, self.tokenizer.fingerprint]).encode()).hexdigest()
 
     def as_json(self) -> dict[str, Any]:
         def split(value: Split) -> dict[str, Any]:
             sums = {"documents": value.documents, "tokens": value.tokens, "text_bytes": value.text_bytes}
-            return {"shards": [dataclasses.asdict(shard) for shard in value.shards], **sums}
+            form = {"form": value.form, "text_field": value.text_field} if value.is_text else {}
+            return {"shards": [dataclasses.asdict(shard) for shard in value.shards], **form, **sums}
 
         return {
             "version": VERSION,
@@ -133,7 +148,9 @@ class Manifest:
             )
         try:
             splits = {
-                name: Split(tuple(_only_fields(ShardEntry, shard) for shard in split["shards"]))
+                name: _only_fields(
+                    Split, split | {"shards": tuple(_only_fields(ShardEntry, shard) for shard in split["shards"])}
+                )
                 for name, split in value["splits"].items()
             }
             tokenizer = _only_fields(TokenizerEntry, value["tokenizer"])
@@ -146,7 +163,16 @@ class Manifest:
             raise DataError(
                 f"{origin} has dtype {found.dtype!r}: allowed are uint16 and uint32; build the data set again"
             )
+        for split in splits.values():
+            if split.form not in (TOKENS, TEXT):
+                raise DataError(f"{origin} has a split of form {split.form!r}: allowed are {TOKENS} and {TEXT}")
         return found
+
+
+def _content(split: Split) -> list[Any]:
+    if split.is_text:  # which parts of the files are documents is part of what is read
+        return [split.text_field, *([shard.sha256, shard.index_sha256] for shard in split.shards)]
+    return [shard.sha256 for shard in split.shards]
 
 
 def _only_fields(cls: Any, value: dict[str, Any]) -> Any:

@@ -8,13 +8,14 @@ target within its own document, nothing is predicted across documents, and to ge
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatrain.base.errors import DataError
 from megatrain.data.corpus import Stretch
+from megatrain.data.shards import Shard
 
 NAMES = {"tokens": np.int64, "targets": np.int64, "weights": np.float32, "positions": np.int64, "documents": np.int32}
 """The arrays of a `Batch` and their types; all are [rows, seq]."""
@@ -57,6 +58,30 @@ class Written(NamedTuple):
     """Places [first, last) of its documents in the order of the shuffled shard."""
     last: int
 
+    def pieces(self) -> Iterator["Piece"]:
+        """The parts of documents in it, in order."""
+        row, column, (shard, start, stop), first, last = self
+        lengths = shard.lengths(first, last, start, stop).tolist()
+        offset = start - int(shard.begin[first])
+        for number, length in zip(shard.order[first:last].tolist(), lengths, strict=True):
+            yield Piece(row, column, length, offset, shard.shard.document_id(number), shard.shard.name)
+            column, offset = column + length, 0
+
+
+class WrittenIds(NamedTuple):
+    """Tokens of one document that were put into a row, from `offset` of the document on."""
+
+    row: int
+    column: int
+    n_tokens: int
+    offset: int
+    shard: Shard
+    number: int
+    """Of the document in its shard."""
+
+    def pieces(self) -> Iterator["Piece"]:
+        yield Piece(*self[:4], self.shard.document_id(self.number), self.shard.name)
+
 
 class Rows:
     """The rows of one batch while they are filled, one after the other.
@@ -69,7 +94,7 @@ class Rows:
     def __init__(self, arrays: Arrays, end_of_document: int, skip_damaged: bool = False):
         self.arrays, self.end_of_document, self.skip_damaged = arrays, end_of_document, skip_damaged
         self.n, self.seq_len = arrays["targets"].shape
-        self.written: list[Written] = []
+        self.written: list[Written | WrittenIds] = []
         self.skipped: list[Piece] = []
         """What was left out of the loss, since its document is damaged."""
         self._begins: list[int] = []  # elements, counted through all rows, where a document begins within a row
@@ -112,19 +137,43 @@ class Rows:
             if shard.begin[first] != start:
                 self._entered[element] = shard.before(first, start)
 
+    def put_ids(
+        self, row: int, column: int, ids: NDArray[Any], offset: int, n_tokens: int, shard: Shard, number: int
+    ) -> None:
+        """Write `n_tokens` of a document's `ids`, from `offset` on, at `column` of `row`."""
+        element = row * self.seq_len + column
+        self._targets[element : element + n_tokens] = ids[offset : offset + n_tokens]
+        if column:
+            self._begins.append(element)
+        if offset:
+            self._entered[element] = int(ids[offset - 1])
+        self.written.append(WrittenIds(row, column, n_tokens, offset, shard, number))
+
+    def leave_out(self, shard: Shard, number: int) -> None:
+        """Pass over a damaged document whose length in tokens nobody knows, or refuse it."""
+        piece = Piece(0, 0, 0, 0, shard.document_id(number), shard.name)
+        self._refuse(piece, shard)
+        self.skipped.append(piece)
+
+    def _refuse(self, piece: "Piece", shard: Shard) -> None:
+        """Damaged documents are not read, unless they are to be left out."""
+        if self.skip_damaged:
+            return
+        why = shard.unreadable or "its bytes do not have the checksum of the index"
+        raise DataError(
+            f"document {piece.document!r} of {piece.tar} is damaged ({why}): copy the shard again (`megatrain data "
+            "verify` names all that are bad), or leave such documents out with data.on_damage: skip"
+        )
+
     def _put_damaged(self, written: Written, damaged: list[bool]) -> None:
         """Leave damaged documents out of the loss; in their place stand end-of-document tokens.
 
         So every position stays what it was: all ranks go on alike without telling each other, and a resume skips the
         same.
         """
-        for piece, bad in zip(_pieces_of(written), damaged, strict=True):
-            if bad and not self.skip_damaged:
-                why = written.stretch.shard.shard.unreadable or "its bytes do not have the checksum of the index"
-                raise DataError(
-                    f"document {piece.document!r} of {piece.tar} is damaged ({why}): copy the shard again (`megatrain "
-                    "data verify` names all that are bad), or leave such documents out with data.on_damage: skip"
-                )
+        for piece, bad in zip(written.pieces(), damaged, strict=True):
+            if bad:
+                self._refuse(piece, written.stretch.shard.shard)
             shard, start, _ = written.stretch
             element = piece.row * self.seq_len + piece.column
             at = start + piece.column - written.column
@@ -235,16 +284,7 @@ class Piece:
 def pieces(rows: Rows) -> Iterator[Piece]:
     """What the rows hold, row by row, column by column."""
     for written in sorted(rows.written, key=lambda w: (w.row, w.column)):
-        yield from _pieces_of(written)
-
-
-def _pieces_of(written: Written) -> Iterator[Piece]:
-    row, column, (shard, start, stop), first, last = written
-    lengths = shard.lengths(first, last, start, stop).tolist()
-    offset = start - int(shard.begin[first])
-    for number, length in zip(shard.order[first:last].tolist(), lengths, strict=True):
-        yield Piece(row, column, length, offset, shard.shard.document_id(number), shard.shard.name)
-        column, offset = column + length, 0
+        yield from written.pieces()
 
 
 def check_vocabulary(rows: Rows, vocab_size: int) -> None:

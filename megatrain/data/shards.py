@@ -48,6 +48,27 @@ class _Digest:
         return self.file.write(data)
 
 
+def save_columns(path: Path, columns: dict[str, NDArray[np.int64]], ids: list[str]) -> str:
+    """Write an index, which appears under its name when it is whole; returns its sha256."""
+    encoded = [document.encode() for document in ids]
+    tensors: dict[str, Tokens] = {
+        **columns,
+        "id_bytes": np.frombuffer(b"".join(encoded), dtype=np.uint8),
+        "id_ends": np.cumsum([len(i) for i in encoded], dtype=np.int64),
+    }
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(aside, "wb"):  # with the permissions of a new file: safetensors writes for the owner alone
+        mode = os.stat(aside).st_mode
+    # One key of metadata, since safetensors writes several in any order, and equal shards must be equal files.
+    save_file(tensors, aside, metadata={"version": str(VERSION)})
+    os.chmod(aside, mode)
+    with open(aside, "rb") as file:
+        os.fsync(file.fileno())
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    os.replace(aside, path)
+    return sha256
+
+
 class ShardWriter:
     """Writes one shard and its index. Both appear under their names when `close` has flushed them, or not at all.
 
@@ -64,7 +85,7 @@ class ShardWriter:
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.tokens = 0
         self._rows: list[tuple[int, int, int, int]] = []
-        self._ids: list[bytes] = []
+        self._ids: list[str] = []
         (folder / split).mkdir(parents=True, exist_ok=True)
         self._aside = folder / split / f".shard-{number:06d}.tar.{os.getpid()}.tmp"
         self._file = open(self._aside, "wb")  # noqa: SIM115
@@ -101,7 +122,7 @@ class ShardWriter:
             self._digest.write(tar.member(b"%09d.json" % self.documents, described))
         self._rows.append((self.bytes + tar.BLOCK, len(tokens), zlib.crc32(payload), text_bytes))
         self._digest.write(tar.member(b"%09d.tokens" % self.documents, payload))
-        self._ids.append(document.encode())
+        self._ids.append(document)
         self.tokens += len(tokens)
 
     def close(self) -> ShardEntry:
@@ -112,16 +133,7 @@ class ShardWriter:
         self._file.close()
         rows = np.array(self._rows, dtype=np.int64).reshape(-1, 4)
         columns = {name: rows[:, i].copy() for i, name in enumerate(("offset", "length", "crc32", "text_bytes"))}
-        columns["id_bytes"] = np.frombuffer(b"".join(self._ids), dtype=np.uint8)
-        columns["id_ends"] = np.cumsum([len(i) for i in self._ids], dtype=np.int64)
-        index_aside = self._aside.with_suffix(".index.tmp")
-        # One key of metadata, since safetensors writes several in any order, and equal shards must be equal files.
-        save_file(columns, index_aside, metadata={"version": str(VERSION)})
-        os.chmod(index_aside, os.stat(self._aside).st_mode)  # safetensors writes for the owner alone
-        with open(index_aside, "rb") as file:
-            os.fsync(file.fileno())
-            index_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        os.replace(index_aside, self.folder / self.index)
+        index_sha256 = save_columns(self.folder / self.index, columns, self._ids)
         os.replace(self._aside, self.folder / self.path)
         fsync_folder((self.folder / self.path).parent)
         self.entry = ShardEntry(
@@ -222,7 +234,10 @@ class Shard:
         return self.index
 
     def column(self, name: str) -> NDArray[np.int64]:
-        """A column of the index: offset (bytes), length (tokens), crc32, text_bytes, id_bytes, id_ends."""
+        """A column of the index: offset (bytes), length (tokens), crc32, text_bytes, id_bytes, id_ends.
+
+        Where documents are raw text, `length` is in bytes, and `is_json` is 1 for those that are JSON objects.
+        """
         try:
             with safe_open(self._sound_index, framework="numpy") as file:
                 return file.get_tensor(name)

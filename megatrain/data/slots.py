@@ -40,8 +40,12 @@ class Slots:
         credit = mixture.first_credit(share, seed, n_slots, seq_len)
         return cls(np.zeros_like(credit), credit, np.zeros_like(credit))
 
-    def cursors(self, seed: int, sources: list[dict[str, str]]) -> dict[str, Any]:
-        """The table as JSON values; `sources` says which data sets its columns are."""
+    def cursors(self, seed: int, sources: list[dict[str, str]], own: range | None = None) -> dict[str, Any]:
+        """The table as JSON values; `sources` says which data sets its columns are.
+
+        Args:
+            own: the slots whose places are known here, where not all are: see `merged`.
+        """
         return {
             "version": VERSION,
             "seed": seed,
@@ -51,7 +55,9 @@ class Slots:
             "sources": sources,
             "tokens": self.tokens.tolist(),
             "credit": self.credit.tolist(),
-        } | ({"rows": self.rows.tolist()} if self.rows.any() else {})
+            **({"rows": self.rows.tolist()} if self.rows.any() or own is not None else {}),
+            **({} if own is None else {"own": [own.start, own.stop]}),
+        }
 
     def restore(self, cursors: dict[str, Any], seed: int, fingerprints: Sequence[str], paths: Sequence[str]) -> None:
         """Take the places that `cursors` holds, source by source.
@@ -61,6 +67,8 @@ class Slots:
         Raises:
             DataError: the table belongs to another order, or a source is not the one that was trained on.
         """
+        if "own" in cursors:
+            raise ValueError(f"cursors of slots {cursors['own']} alone: put them together with those of the others")
         if cursors.get("version") != VERSION:
             raise DataError(f"data cursors have version {cursors.get('version')!r} and this program reads {VERSION}")
         if cursors["slots"] != self.n:
@@ -89,3 +97,23 @@ class Slots:
         if [source["fingerprint"] for source in cursors["sources"]] == list(fingerprints):
             self.credit[:] = np.array(cursors["credit"], dtype=np.int64)
         self.batches, self.drawn = cursors["batches"], cursors["drawn"]
+
+
+def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The cursors after one batch from those of its readers, each of which knows the places of its own slots.
+
+    Raises:
+        ValueError: they are of different batches, or leave out a slot between them.
+    """
+    parts = sorted(parts, key=lambda part: part["own"][0])
+    whole = dict(parts[0])
+    for part in parts[1:]:
+        (start, stop), (first, upto) = part["own"], whole["own"]
+        if part["batches"] != whole["batches"] or start != upto:
+            raise ValueError(f"cursors of slots {first} to {upto} and {start} to {stop} do not go together")
+        for name in ("tokens", "rows"):
+            whole[name] = whole[name][:start] + part[name][start:]
+        whole["own"] = [first, stop]
+    if whole["own"] == [0, whole["slots"]]:
+        del whole["own"]
+    return whole

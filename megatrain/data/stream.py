@@ -12,7 +12,7 @@ from megatrain.data import mixture
 from megatrain.data.config import Data
 from megatrain.data.corpus import Corpus, common_tokenizer
 from megatrain.data.manifest import TRAIN
-from megatrain.data.rows import Arrays, Rows, check_vocabulary
+from megatrain.data.rows import Arrays, Rows, check_vocabulary, empty
 from megatrain.data.slots import Slots
 
 
@@ -67,7 +67,17 @@ class Stream:
 
     def cursors(self) -> dict[str, Any]:
         """Where all slots stand, as JSON values."""
-        return self.slots.cursors(self.order.seed, self._sources)
+        return self.slots.cursors(self.order.seed, self._sources, self.own if self.is_partial else None)
+
+    @property
+    def has_text(self) -> bool:
+        """Some source is raw text, so that where a slot stands is known by reading it only."""
+        return any(corpus.split.is_text for corpus in self.corpora)
+
+    @property
+    def is_partial(self) -> bool:
+        """Places of slots of other ranks are not known here."""
+        return self.has_text and len(self.own) < self.slots.n
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -82,8 +92,11 @@ class Stream:
         return self.order.data.seq_len, self._share
 
     def skip(self) -> None:
-        """Go past a batch without reading it."""
-        self._draw(None)
+        """Go past a batch without reading it, where that can be done."""
+        if self.has_text:
+            self.fill(empty(*self.shape))
+        else:
+            self._draw(None)
 
     def fill(self, arrays: Arrays) -> tuple[bool, Rows]:
         """Write this rank's rows of the next batch into `arrays`, whose shape is `shape`.
@@ -123,15 +136,19 @@ class Stream:
 
 
 def _check_sizes(corpora: list[Corpus], order: Order) -> None:
-    needed, found = order.global_batch * order.data.seq_len, sum(corpus.n_tokens for corpus in corpora)
+    needed = order.global_batch * order.data.seq_len
+    found = sum(
+        corpus.size + corpus.split.documents * corpus.split.is_text for corpus in corpora
+    )  # a byte or more each
     if found < needed:
         raise DataError(
             f"the {order.split} split has {found} tokens and one batch takes {needed} ({order.global_batch} rows of "
             f"{order.data.seq_len}): give more data, or lower train.global_batch or data.seq_len"
         )
     for corpus in corpora:
-        if corpus.n_tokens < order.n_slots:
+        unit, size = ("documents", corpus.split.documents) if corpus.split.is_text else ("tokens", corpus.size)
+        if size < order.n_slots:
             raise DataError(
-                f"{corpus.name} has {corpus.n_tokens} tokens in its {order.split} split, fewer than the "
-                f"{order.n_slots} slots that share them: leave it out, or lower data.slots"
+                f"{corpus.name} has {size} {unit} in its {order.split} split, fewer than the {order.n_slots} slots "
+                "that share them: leave it out, or lower data.slots"
             )

@@ -5,7 +5,7 @@ text as the token itself. For a corpus each of these is a silent loss, so `Token
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -88,13 +88,6 @@ class Tokenizer:
         Bytes that are no UTF-8 yet (the end of a sample may stand within a character) become U+FFFD.
         """
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=not special)
-
-    def pieces(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of `ids` as it comes, a piece at a time, never within a character. For printing while sampling."""
-        stream = decoders.DecodeStream(skip_special_tokens=True)
-        for i in ids:
-            if piece := stream.step(self.backend, int(i)):
-                yield piece
 
     def name_of(self, i: int) -> str:
         """How one token reads: its text, or its name where it is special or no whole character."""

@@ -42,12 +42,6 @@ def test_a_document_is_its_encoding_and_one_end(tokenizer, text):
     assert (ids == tokenizer.end_of_document).sum() == 1
 
 
-@settings(deadline=None)
-@given(text=st.text(min_size=1))
-def test_pieces_add_up_to_the_text(tokenizer, text):
-    assert "".join(tokenizer.pieces(tokenizer.encode(text))) == text
-
-
 def test_every_id_is_below_the_vocabulary_size(tokenizer):
     ids = tokenizer.backend.get_vocab().values()
     assert sorted(ids) == list(range(tokenizer.vocab_size)) == list(range(300))

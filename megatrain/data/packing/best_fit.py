@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from megatrain.base.errors import DataError
+from megatrain.base.errors import ConfigError, DataError
 from megatrain.data.corpus import Corpus, Stretch
 from megatrain.data.packing import PACKING
 from megatrain.data.rows import Rows
@@ -43,6 +43,13 @@ class BestFit:
         ]
 
     def build(self, corpora: Sequence[Corpus], slots: Slots, seq_len: int) -> "BestFitPacker":
+        if texts := [corpus.name for corpus in corpora if corpus.split.is_text]:
+            raise ConfigError(
+                [
+                    f"data.packing best_fit needs the lengths of documents in tokens, and {', '.join(texts)} is raw "
+                    "text, tokenised as it is read: use concat, or make token shards of it with `megatrain data build`"
+                ]
+            )
         return BestFitPacker(corpora, slots, seq_len, self.window * seq_len)
 
 
