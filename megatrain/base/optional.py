@@ -40,7 +40,7 @@ def optional(name: str) -> Optional:
 
 @cache
 def torchao(module: str) -> Optional:
-    """A module of torchao. It comes with kernels for GPUs and complains where they do not load; none of them is used."""
+    """A module of torchao, which complains while it is imported of GPU kernels that do not load and are not used."""
     logging.disable(logging.WARNING)
     try:
         return optional(f"torchao.{module}")

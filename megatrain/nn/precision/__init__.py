@@ -1,0 +1,1 @@
+"""How a linear layer multiplies in fewer bits than bf16, which layers do so, and what it costs them."""

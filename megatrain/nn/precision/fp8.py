@@ -1,0 +1,76 @@
+"""FP8 products with dynamic scales (Micikevicius et al. 2022, arXiv:2209.05433)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatrain.nn.precision.quantised import GRADIENT, Rounded
+from megatrain.nn.precision.select import Selection
+from megatrain.parallel.collectives import all_reduce
+from megatrain.parallel.mesh import Axis
+
+FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+SMALLEST_AMAX = 1e-12
+"""A tensor of zeros gets the scale of this one: 0 x scale stays 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8(Selection):
+    """Linear layers in FP8: the run file's `precision.fp8`.
+
+    On a GPU that has FP8 units (compute capability 8.9 and up) products are torch's scaled ones; elsewhere the same
+    rounded operands are multiplied as float32 numbers.
+    """
+
+    kind: Literal["tensorwise", "rowwise"] = "tensorwise"
+    """tensorwise: one scale for an operand, agreed over tensor-parallel ranks; rowwise: one for each row that is summed
+    over, of what the rank holds, rounded to a power of 2."""
+    gradient: Literal["e4m3", "e5m2"] | None = None
+    """Format of output gradients; by default e5m2 (more range) tensorwise and e4m3 (more digits) rowwise."""
+    weight_gradient: Literal["low", "high"] = "high"
+    """high leaves the products that make weight gradients in the format of the run."""
+
+    def format(self, what: str) -> torch.dtype:
+        if what != GRADIENT:
+            return FORMATS["e4m3"]
+        return FORMATS[self.gradient or ("e5m2" if self.kind == "tensorwise" else "e4m3")]
+
+    def round(self, x: Tensor, what: str, axis: Axis) -> Rounded:
+        dtype = self.format(what)
+        if self.kind == "tensorwise":
+            amax = x.abs().amax() if x.numel() else x.new_zeros(())
+            amax = amax.float() if axis.size == 1 else all_reduce(amax.float(), axis.group, "max")
+        else:
+            amax = x.abs().amax(-1, keepdim=True).float()
+        inverse = amax.clamp(min=SMALLEST_AMAX) / torch.finfo(dtype).max
+        if self.kind == "rowwise":
+            inverse = torch.exp2(torch.ceil(torch.log2(inverse)))
+        return Rounded(cast(x.float() / inverse, dtype), inverse)
+
+    def multiply(self, a: Rounded, b: Rounded, out: torch.dtype) -> Tensor:
+        if a.values.device.type == "cuda":
+            return torch._scaled_mm(
+                a.values.contiguous(), b.values.contiguous().T, scale_a=a.scale, scale_b=b.scale_row, out_dtype=out
+            )
+        return ((a.values.float() @ b.values.float().T) * (a.scale * b.scale_row)).to(out)
+
+    def lost(self, x: Tensor, rounded: Rounded) -> Tensor:
+        values = rounded.values.float()
+        ends = values.abs() >= torch.finfo(rounded.values.dtype).max
+        return torch.stack([ends.sum(), ((values == 0) & (x != 0)).sum()]).float()
+
+    @classmethod
+    def examples(cls) -> list["Fp8"]:
+        return [cls(), cls(weight_gradient="low"), cls(kind="rowwise"), cls(kind="rowwise", weight_gradient="low")]
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 to the nearest number of an FP8 format, ties to even; what is beyond its end becomes its end.
+
+    NaN stays NaN.
+    """
+    end = torch.finfo(dtype).max
+    return x.clamp(-end, end).to(dtype)
