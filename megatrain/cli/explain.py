@@ -1,6 +1,7 @@
 """`megatrain explain`: what a run file comes to, and where each value was written."""
 
 import json
+import shutil
 import sys
 
 import click
@@ -15,17 +16,31 @@ WIDE = 400
 @click.argument("run_file", metavar="RUN.yaml")
 @click.argument("overrides", nargs=-1, metavar="[key=value ...]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: key -> {value, origin}.")
-def command(run_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Show every value of RUN.yaml with the file and line that set it.
+@click.option("--schedule", is_flag=True, help="Draw when each pipeline rank does what in a step, and its idle share.")
+@click.option(
+    "--ranks", type=click.IntRange(min=1), help="With --schedule: ranks of the run; as few as fit by default."
+)
+@click.option("--png", metavar="FILE", help="With --schedule: the picture; NAME-schedule.png here by default.")
+def command(
+    run_file: str, overrides: tuple[str, ...], as_json: bool, schedule: bool, ranks: int | None, png: str | None
+) -> None:
+    """Show every value of RUN.yaml with the file and line that set it; or the schedule of its pipeline.
 
     \b
     megatrain explain configs/run/tiny.yaml
     megatrain explain configs/run/tiny.yaml optimizer.lr=1e-3 --json
+    megatrain explain configs/run/tiny.yaml layout.pp=2 layout.schedule=zbv --schedule --ranks 2
     """
     from megatrain.config.build import flat, plain
     from megatrain.train.config import read_run
 
     found = read_run(run_file, overrides)
+    if schedule:
+        from megatrain.train.pipeline_picture import show
+
+        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDE
+        click.echo(show(found.run, ranks, png, columns))
+        return
     values = flat(plain(found.run))
     rows = {key: {"value": value, "origin": found.origins.get(key, "default")} for key, value in values.items()}
     if as_json:

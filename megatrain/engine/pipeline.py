@@ -81,7 +81,7 @@ class PipelinePasses(Passes):
         return summed(now.total, self.pp)
 
     def _schedule(self, micro_batches: list[Batch]) -> Callable[[], None]:
-        """A step of the schedule for so many micro-batches of this size; buffers are made once."""
+        """A step of the schedule for so many micro-batches of this size; buffers are made once for each size."""
         shape = self._hidden_shape(micro_batches[0])
         key = (len(micro_batches), shape)
         if key not in self._schedules:
@@ -92,6 +92,7 @@ class PipelinePasses(Passes):
                 for number, stage in self.model.stages
             ]
             hidden = torch.empty(shape, dtype=self.dtype, device="meta")
+            self._schedules.clear()  # sequences that have grown do not shrink again
             self._schedules[key] = torch_.build_schedule(
                 self.plan, self.pp, stages, hidden, self.device, len(micro_batches), self._scaled
             )

@@ -205,6 +205,20 @@ def test_explain_names_file_and_line_of_each_value(
     assert rows["optimizer.weight_decay"]["origin"] == "default"
 
 
+def test_explain_draws_the_schedule_of_a_pipeline(
+    tmp_path: Path, text_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(write_run(tmp_path, text_data, model__n_layers=5, layout__pp=2, layout__schedule="zbv"))
+    png = tmp_path / "x.png"
+    code, _ = call("explain", path, "--schedule", "--png", str(png), "--ranks", "2", capsys=capsys)
+    assert code == 0
+    assert png.read_bytes().startswith(b"\x89PNG")
+    code, error = call("explain", path, "--schedule", "layout.pp=1", capsys=capsys)
+    assert (code, "no schedule to draw" in error) == (2, True)
+    code, error = call("explain", path, "--schedule", "model.n_layers=3", capsys=capsys)
+    assert (code, "cannot make pp 2 x virtual 2 = 4 stages" in error) == (2, True)
+
+
 @pytest.mark.parametrize("path", sorted((CONFIGS / "run").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_run_explains_itself(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _ = call("explain", str(path), capsys=capsys)

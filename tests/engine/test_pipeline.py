@@ -1,6 +1,7 @@
 """A model cut into pipeline stages trains as in one process: every schedule, under every engine."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -53,7 +54,8 @@ class Case:
     tied: bool = True
     micro_batch: int = 1
     recompute: str = "none"
-    compiled: bool = False
+    compiled: str | None = None
+    """The compiler's backend."""
     stages: tuple[int, ...] | None = None
     virtual: int | None = None
     parameters: str = "fp32"
@@ -88,7 +90,7 @@ class Case:
         initialise(model, SEED)
         recompute(model.layers, self.recompute)
         if self.compiled:
-            model.compile_blocks()
+            model.compile_blocks(self.compiled)
         precision = Precision(compute="bf16" if self.parameters == "bf16" else "fp32", parameters=self.parameters)
         parts = Parts(model, OPTIMIZER, mesh, Device("cpu"), precision, self.micro_batch, self.zero, plan)
         return ENGINE[self.engine]().build(parts)
@@ -204,3 +206,32 @@ def test_pipelines_under_fsdp2_equal_one_process():
 @pytest.mark.parametrize("case", DEEPSPEED, ids=str)
 def test_pipelines_under_deepspeed_equal_one_process(case):
     assert_equal(case, run(tell, case.ranks, case))
+
+
+def tell_compiled(case: Case, cache: str) -> tuple[Story, int]:
+    """The story, and how often a graph broke. `cache` is where Inductor keeps what it compiled: a new folder."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    return tell(case), sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
+COMPILED = [
+    Case("zbv", "deepspeed", 3, dp=2, compiled="aot_eager"),
+    Case("interleaved_zero_bubble", compiled="aot_eager", micro_batch=2, recompute="full"),
+    *(
+        pytest.param(
+            Case(schedule, "deepspeed", zero, tp=2, dp=2, compiled="inductor"),
+            marks=pytest.mark.slow,
+            id=f"{schedule}-zero{zero}",
+        )
+        for schedule in ("zbv", "dualpipev")
+        for zero in (1, 2, 3)
+    ),
+]
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("case", COMPILED, ids=str)
+def test_zero_bubble_with_compiled_blocks_equals_one_process_without_a_graph_break(case, tmp_path):
+    told = run(tell_compiled, case.ranks, case, str(tmp_path), timeout=1800)
+    assert [breaks for _, breaks in told] == [0] * case.ranks
+    assert_equal(case, [story for story, _ in told])
