@@ -26,7 +26,8 @@ def build_engine(run: Run, tokenizer: TokenizerEntry, mesh: Mesh, device: Device
     tp = TensorParallel(mesh.axis("tp"), run.layout.cuts_sequence)
     cp = run.layout.context(mesh)
     plan = run.layout.pipeline(run.model.costs(tokenizer.vocab_size, run.data.seq_len))
-    model = build_model(run, plan, mesh, n_valid=tokenizer.vocab_size, seq_len=run.data.seq_len, tp=tp, cp=cp)
+    with device.torch:  # a rank's own part only, where it will be: a host has no room for eight whole models
+        model = build_model(run, plan, mesh, n_valid=tokenizer.vocab_size, seq_len=run.data.seq_len, tp=tp, cp=cp)
     initialise(model, run.seed)
     inside = run.layout.recompute == SELECTIVE  # a part of the block, so the compiler must see it
     if inside:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megatrain.base.errors import PreemptedError, RunError
-from megatrain.engine.api import Engine, StepReport
+from megatrain.base.readout import Readout
+from megatrain.engine.api import Engine
 from megatrain.nn.batch import Batch
 from megatrain.train.hook import Hook, Record
 from megatrain.train.stop import StopVote
@@ -39,7 +40,7 @@ class State:
 
 @dataclass
 class Pending:
-    """A step whose numbers are still on the device."""
+    """A step whose numbers are still on their way from the device."""
 
     step: int
     tokens: int
@@ -49,7 +50,8 @@ class Pending:
     lr: float
     data_seconds: float
     begin: float
-    report: StepReport
+    numbers: Readout
+    """Loss, gradient norm, skipped."""
     seconds: float | None = None
     """From its begin to that of the next step, once that is known."""
 
@@ -101,12 +103,13 @@ class Trainer:
         number = self.state.step + 1
         lr = self.schedule(number)
         report = self.engine.step(batch, lr)
+        numbers = Readout(report.loss, report.grad_norm, report.skipped)
         self.deliver()
         self.state.step = number
         n_tokens = self.global_batch * batch.tokens.shape[1]
         self.state.tokens += n_tokens
         self.state.cursors = batch.cursors
-        self._pending = Pending(number, self.state.tokens, n_tokens, lr, waited, begin, report)
+        self._pending = Pending(number, self.state.tokens, n_tokens, lr, waited, begin, numbers)
         if any(hook.due(number) for hook in self.hooks):
             self.deliver()
 
@@ -115,17 +118,17 @@ class Trainer:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        report = pending.report
+        loss, grad_norm, skipped = pending.numbers.values()
         record: Record = {
             "step": pending.step,
             "tokens": pending.tokens,
-            "loss": float(report.loss),
-            "grad_norm": float(report.grad_norm),
+            "loss": loss,
+            "grad_norm": grad_norm,
             "lr": pending.lr,
         }
         seconds = time.perf_counter() - pending.begin if pending.seconds is None else pending.seconds
         record |= self.throughput.figures(pending.n_tokens, seconds)
-        record |= {"data_seconds": round(pending.data_seconds, 6), "skipped": int(report.skipped)}
+        record |= {"data_seconds": round(pending.data_seconds, 6), "skipped": int(skipped)}
         self._count_skips(record)
         for hook in self.hooks:
             hook.after_step(record)

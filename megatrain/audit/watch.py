@@ -1,0 +1,199 @@
+"""Every operator of a step, as a GPU would be given it: what it costs, and where the host would have to wait.
+
+Placed inside FakeTensorMode on a fake card (see `fake_cuda`). FakeTensorMode alone lets the commonest faults pass: a
+mask that is assigned through, an index from the CPU, a copy that blocks.
+"""
+
+import traceback
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatrain.audit.allocator import CachingAllocator
+from megatrain.audit.fake_cuda import host_waits
+
+aten = torch.ops.aten
+
+NO_KERNEL = {
+    aten._unsafe_view, aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided,
+    aten.lift_fresh, aten.detach_, aten.set_, aten.resize_, aten.is_pinned, torch.ops.prim.device,
+}  # fmt: skip
+"""Operators that start nothing on the device."""
+
+PRODUCTS = {
+    aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.mv, aten.addmv, aten._scaled_mm, aten._grouped_mm
+}  # fmt: skip
+
+COPIES = {aten._to_copy, aten.copy_}
+INDEXING = {aten.index, aten.index_put, aten.index_put_}
+
+TENSORS_A_LAUNCH = (110, 64, 48, 36, 30)
+"""Tensors that one launch of a multi-tensor kernel takes, by the number of its lists."""
+
+ELEMENTS_A_CHUNK, CHUNKS_A_LAUNCH = 65536, 320
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that would stop or break a step on a GPU, and the line that asks for it."""
+
+    what: str
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.what} at {self.where}"
+
+
+@dataclass
+class Costs:
+    """Counts of one watched step, eager: one kernel an operator, each operand read or written once."""
+
+    launches: int = 0
+    bytes_moved: int = 0
+    products: Counter[str] = field(default_factory=Counter)
+    """Matrix products by the format of their first operand."""
+    operators: Counter[str] = field(default_factory=Counter)
+    """Launches by operator."""
+
+
+class Watch(TorchDispatchMode):
+    """`syncs`: where the host waits for the device; `mixes`: CPU tensors in a GPU operator; `costs`; `memory`.
+
+    Args:
+        late_reads: waits that are no fault, since what they wait for was queued a step ago.
+    """
+
+    def __init__(self, late_reads: int = 0) -> None:
+        super().__init__()
+        self.late_reads = late_reads
+        self.costs = Costs()
+        self.memory = CachingAllocator()
+        self.syncs: list[Finding] = []
+        self.mixes: list[Finding] = []
+        self._storages: dict[int, weakref.ref[Any]] = {}
+        self._pinned: set[int] = set()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # torch.compile would skip every frame while this mode is on
+
+    def __enter__(self) -> Self:
+        self._waits_before = host_waits()
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *exc: Any) -> None:
+        waits = host_waits() - self._waits_before - self.late_reads
+        if waits > 0:
+            self.syncs.append(Finding(f"{waits} x synchronize() of a stream or an event", "a line that is not known"))
+        super().__exit__(*exc)
+
+    def hold(self, *tensors: Tensor) -> None:
+        """Count the memory of tensors: those that were there before, and each that an operator makes."""
+        for t in tensors:
+            storage = t.untyped_storage()
+            key = storage._cdata
+            if t.is_cuda and storage.nbytes() and key not in self._storages:
+                self._storages[key] = weakref.ref(storage, lambda _, key=key: self._released(key))
+                self.memory.allocate(key, storage.nbytes())
+
+    def note_wait(self, what: str) -> None:
+        """For `fake_cuda.card`: something waits for the whole device."""
+        self.syncs.append(Finding(what, where()))
+
+    def _released(self, key: int) -> None:
+        del self._storages[key]
+        self.memory.release(key)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        packet = func._overloadpacket
+        if packet is aten._pin_memory:  # FakeTensorMode knows no pinned memory
+            pinned = args[0].clone()
+            self._pinned.add(pinned.untyped_storage()._cdata)
+            return pinned
+        if packet is aten.is_pinned:
+            return args[0].untyped_storage()._cdata in self._pinned
+        if packet is aten._local_scalar_dense:
+            return self._read(args[0])
+        try:
+            out = func(*args, **kwargs)
+        except (DynamicOutputShapeException, DataDependentOutputException):
+            self.syncs.append(Finding(f"{func}: the shape of its result depends on values", where()))
+            raise
+        except RuntimeError as error:
+            if "same device" in str(error) or "on the same" in str(error):
+                self.mixes.append(Finding(f"{func}: a CPU tensor in a GPU operator", where()))
+            raise
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if packet in COPIES:
+            self._check_copy(packet, args, kwargs, out)
+        if packet in INDEXING and args[0].is_cuda:
+            self._check_index(func, args[1])
+        self.hold(*outputs)
+        if packet not in NO_KERNEL and not func.is_view and any(t.is_cuda for t in inputs + outputs):
+            self._count(packet, args, inputs, outputs)
+        return out
+
+    def _read(self, x: Tensor) -> bool | float | int:
+        """A value that the host asks for; any will do, since none was computed."""
+        if x.is_cuda:
+            self.syncs.append(Finding("a value of a GPU tensor is read: item(), float(), bool(), if", where()))
+        return True if x.dtype is torch.bool else 1.0 if x.is_floating_point() else 1
+
+    def _check_copy(self, packet: Any, args: Any, kwargs: Any, out: Any) -> None:
+        source, target = (args[1], args[0]) if packet is aten.copy_ else (args[0], out)
+        if not isinstance(source, Tensor) or source.device.type == target.device.type:
+            return
+        positional = packet is aten.copy_ and len(args) > 2 and args[2]
+        host = source if target.is_cuda else target
+        if not (kwargs.get("non_blocking") or positional):
+            self.syncs.append(Finding(f"a blocking copy {source.device.type} -> {target.device.type}", where()))
+        elif target.is_cuda and host.untyped_storage()._cdata not in self._pinned:
+            self.syncs.append(Finding("a non_blocking copy from memory that is not pinned", where()))
+
+    def _check_index(self, func: Any, indices: Any) -> None:
+        for index in tree_leaves(indices):
+            if not isinstance(index, Tensor):
+                continue
+            if index.dtype in (torch.bool, torch.uint8):
+                self.syncs.append(Finding(f"{func} with a mask: the host must know how many are set", where()))
+            elif not index.is_cuda:
+                self.syncs.append(Finding(f"{func} with an index on the CPU", where()))
+
+    def _count(self, packet: Any, args: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        name = str(packet).removeprefix("aten.")
+        n = _launches(name, args)
+        if packet in PRODUCTS:
+            matrix = next(t for t in inputs if t.dim() > 1)
+            self.costs.products[str(matrix.dtype).removeprefix("torch.")] += 1
+        self.costs.launches += n
+        self.costs.operators[name] += n
+        self.costs.bytes_moved += sum(t.numel() * t.element_size() for t in (*inputs, *outputs) if t.is_cuda)
+
+
+def _launches(name: str, args: Any) -> int:
+    """Kernels that an operator starts: one, or as many as the tensors of a multi-tensor operator take."""
+    lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)]
+    if not lists or not ("_foreach_" in name or "_fused_" in name):
+        return 1
+    chunks = sum(-(-t.numel() // ELEMENTS_A_CHUNK) for t in lists[0])
+    return max(-(-len(lists[0]) // TENSORS_A_LAUNCH[len(lists) - 1]), -(-chunks // CHUNKS_A_LAUNCH))
+
+
+def where() -> str:
+    """`file:line function` of the innermost frame that belongs neither to torch nor to this folder."""
+    beyond = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+    for frame in reversed(traceback.extract_stack()):
+        if not frame.filename.startswith(beyond):
+            return f"{Path(frame.filename).name}:{frame.lineno} {frame.name}"
+    return "unknown"
