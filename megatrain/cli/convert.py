@@ -36,22 +36,40 @@ def from_hf(folder: str, out: str, check: bool) -> None:
     _say(from_hugging_face(folder, out, check=check))
 
 
-@command.command("from-deepspeed", short_help="A DeepSpeed ZeRO checkpoint to a checkpoint.")
+@command.command("from-deepspeed", short_help="A DeepSpeed checkpoint to a checkpoint.")
 @click.argument("folder")
 @click.option("--like", required=True, type=click.Path(), help="A folder with the model's config.json and tokenizer.")
 @click.option("--out", required=True, type=click.Path(), help="The new checkpoint's folder.")
 @check
 def from_deepspeed(folder: str, like: str, out: str, check: bool) -> None:
-    """Make a checkpoint of the float32 weights in the DeepSpeed ZeRO checkpoint FOLDER of a Hugging Face model.
+    """Make a checkpoint of the DeepSpeed checkpoint FOLDER (ZeRO of any stage, or universal) of a Hugging Face model.
 
-    Nothing in its pickled files is executed.
+    Float32 weights, and moments where it has them. Nothing in its pickled files is executed.
 
     \b
     megatrain convert from-deepspeed out/global_step1000 --like ~/models/Llama-3.2-1B --out llama
     """
-    from megatrain.convert.hugging_face import from_deepspeed as convert
+    from megatrain.convert.deepspeed import from_deepspeed as convert
 
     _say(convert(folder, like, out, check=check))
+
+
+@command.command("to-deepspeed", short_help="A checkpoint to one of DeepSpeed's.")
+@click.argument("checkpoint")
+@click.option("--out", required=True, type=click.Path(), help="The new folder.")
+@click.option("--ranks", type=int, help="Write ZeRO 1 and 2 for so many ranks; else the universal format.")
+@click.option("--family", help="llama, mistral, ...: by default the first that the model can be.")
+@check
+def to_deepspeed(checkpoint: str, out: str, ranks: int | None, family: str | None, check: bool) -> None:
+    """Write CHECKPOINT, with its moments, as DeepSpeed has it for the same model in transformers.
+
+    \b
+    megatrain convert to-deepspeed runs/tiny --out tiny-ds
+    megatrain convert to-deepspeed runs/tiny --out tiny-ds --ranks 8
+    """
+    from megatrain.convert.deepspeed import to_deepspeed as convert
+
+    _say(convert(checkpoint, out, ranks=ranks, family=family, check=check))
 
 
 @command.command("to-hf", short_help="A checkpoint to a Hugging Face folder.")

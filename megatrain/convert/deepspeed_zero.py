@@ -1,8 +1,9 @@
-"""The float32 weights of a DeepSpeed ZeRO checkpoint, stages 0 to 3, under the names of the model that was trained.
+"""The float32 weights and moments of a DeepSpeed checkpoint under the names of the model that was trained.
 
-Under stages 1 and 2 each parameter group is one flat vector, cut evenly over the ranks. Under stage 3 each parameter is
-cut evenly over the ranks for itself, and a rank's parts lie one behind the other. Nothing of DeepSpeed is imported, and
-nothing in its files is executed (see `pickled`).
+Under stages 1 and 2 of ZeRO each parameter group is one flat vector, cut evenly over the ranks. Under stage 3 each
+parameter is cut evenly over the ranks for itself, and a rank's parts lie one behind the other. A universal checkpoint
+has a folder for each parameter, with a file for each of its tensors. Nothing of DeepSpeed is imported, and nothing in
+its files is executed (see `pickled`).
 """
 
 import math
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor
 
 from megatrain.base.errors import CheckpointError
-from megatrain.convert.folder import Folder
+from megatrain.convert.folder import WEIGHTS, Folder
 from megatrain.convert.pickled import Placeholder, load_pickled
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 _RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)")
 
@@ -52,13 +55,17 @@ class DeepSpeedFolder(Folder):
 
     @property
     def names(self) -> list[str]:
-        return sorted(self._held)
+        return sorted(name for state, name in self._held if state == WEIGHTS)
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        return tuple(s for s in MOMENTS if all((s, name) in self._held for name in self.names))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._held
+        return (WEIGHTS, name) in self._held
 
-    def read(self, name: str) -> Tensor:
-        held = self._held[name]
+    def read(self, name: str, state: str = WEIGHTS) -> Tensor:
+        held = self._held[state, name]
         return held.whole() if isinstance(held, Partitioned) else held
 
     def rename(self, prefix: str, untied: str) -> None:
@@ -70,7 +77,7 @@ class DeepSpeedFolder(Folder):
         model.load_state_dict({name: self.read(name) for name in self.names}, strict=False)
         return model
 
-    def _read_all(self) -> dict[str, "Partitioned | Tensor"]:
+    def _read_all(self) -> "Held":
         models = [load_pickled(path) for path in _by_rank(self.step_folder, "*_model_states.pt")]
         shards = [
             load_pickled(path)["optimizer_state_dict"] for path in _by_rank(self.step_folder, "*_optim_states.pt")
@@ -78,19 +85,18 @@ class DeepSpeedFolder(Folder):
         first = models[0]
         try:
             if not shards or "zero_stage" not in shards[0]:
-                held: dict[str, Partitioned | Tensor] = dict(first["module"])
+                held: Held = {(WEIGHTS, name): x for name, x in first["module"].items()}
             else:
                 held = dict(self._frozen(models, _number(shards[0]["zero_stage"])))
-                held |= dict(self._trained(first, shards))
-            for alias, name in dict(first.get("shared_params") or {}).items():
-                if name in held:
-                    held[alias] = held[name]
+                for state in (WEIGHTS, *MOMENTS) if _has_moments(shards[0]) else (WEIGHTS,):
+                    held |= {(state, name): x for name, x in self._trained(first, shards, state)}
+            return with_shared(held, first)
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise CheckpointError(f"{self.step_folder} is not laid out as DeepSpeed does it: {error!r}") from None
-        bare = {name.removeprefix("module."): x for name, x in held.items()}
-        return bare if all(name.startswith("module.") for name in held) else held
 
-    def _trained(self, model: dict[str, Any], shards: list[dict[str, Any]]) -> Iterator[tuple[str, Partitioned]]:
+    def _trained(
+        self, model: dict[str, Any], shards: list[dict[str, Any]], state: str
+    ) -> Iterator[tuple[str, Partitioned]]:
         counts = shards[0]["partition_count"]
         world = max(counts) if isinstance(counts, list) else int(counts)
         if world != len(shards):
@@ -99,20 +105,84 @@ class DeepSpeedFolder(Folder):
             )
         if _number(shards[0]["zero_stage"]) == 3:
             shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
-            flats = [_joined(shard["fp32_flat_groups"]) for shard in shards]
+            flats = [_joined(_groups(shard, state)) for shard in shards]
             yield from _cut_each(shapes, flats)
             return
         paddings = shards[0].get("param_alignment_paddings")
         for n, shapes in enumerate(model["param_shapes"]):
-            flats = [shard["single_partition_of_fp32_groups"][n] for shard in shards]
+            flats = [_groups(shard, state)[n] for shard in shards]
             yield from _cut_together(shapes, flats, paddings[n] if paddings else [0] * len(shapes))
 
-    def _frozen(self, models: list[dict[str, Any]], stage: int) -> Iterator[tuple[str, "Partitioned | Tensor"]]:
+    def _frozen(self, models: list[dict[str, Any]], stage: int) -> Iterator[tuple[tuple[str, str], Partitioned]]:
         shapes = models[0].get("frozen_param_shapes") or {}
         for name, shape in shapes.items():
             held = [model["frozen_param_fragments"][name] for model in (models if stage == 3 else models[:1])]
             parts = tuple((fragment.view(-1), 0, fragment.numel()) for fragment in held)
-            yield name, Partitioned(tuple(shape), parts)
+            yield (WEIGHTS, name), Partitioned(tuple(shape), parts)
+
+
+class UniversalFolder(DeepSpeedFolder):
+    """A universal checkpoint of DeepSpeed: STEP/zero/PARAMETER/fp32.pt, exp_avg.pt, exp_avg_sq.pt."""
+
+    def _read_all(self) -> "Held":
+        (model, *_) = [load_pickled(path) for path in _by_rank(self.step_folder, "*_model_states.pt")]
+        held: Held = {}
+        try:
+            for shape_of in (dict(model.get("module") or {}), dict(model.get("frozen_param_fragments") or {})):
+                held |= {(WEIGHTS, name): x for name, x in shape_of.items() if isinstance(x, Tensor) and x.numel()}
+            for folder in sorted((self.step_folder / "zero").iterdir()):
+                for state in (WEIGHTS, *MOMENTS) if folder.is_dir() else ():
+                    path = folder / ("fp32.pt" if state == WEIGHTS else f"{state}.pt")
+                    if path.exists():
+                        held[state, folder.name] = _of_its_shape(load_pickled(path), model, folder.name)
+            return with_shared(held, model)
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"{self.step_folder} is not laid out as DeepSpeed does it: {error!r}") from None
+
+
+Held = dict[tuple[str, str], "Partitioned | Tensor"]
+"""By (state, name)."""
+
+
+def deepspeed_folder(path: str | Path, like: str | Path) -> DeepSpeedFolder:
+    """The checkpoint at `path`, universal or not."""
+    universal = (newest_step(Path(path)) / "zero").is_dir()
+    return (UniversalFolder if universal else DeepSpeedFolder)(path, like)
+
+
+def with_shared(held: Held, model: dict[str, Any]) -> Held:
+    """Names without what DeepSpeed puts before them; tied parameters under all of their names."""
+    for alias, name in dict(model.get("shared_params") or {}).items():
+        held |= {(state, alias): x for (state, of), x in list(held.items()) if of == name}
+    bare = {(state, name.removeprefix("module.")): x for (state, name), x in held.items()}
+    return bare if all(name.startswith("module.") for _, name in held) else held
+
+
+def _of_its_shape(saved: Any, model: dict[str, Any], name: str) -> Tensor:
+    """Stages 1 and 2 become a mapping with the whole parameter, stage 3 its elements alone."""
+    if isinstance(saved, dict):
+        if saved.get("vocab_tensor") or saved.get("param_n_sub_params") or saved.get("sub_param_shape"):
+            raise CheckpointError(f"{name} was cut by tensor parallelism in parts: convert a model that was not")
+        return saved["param"]
+    shapes = {of: shape for group in model["param_shapes"] or () for of, shape in group.items()}
+    return saved.view(tuple(shapes[name]))
+
+
+def _has_moments(shard: dict[str, Any]) -> bool:
+    try:
+        return all(_groups(shard, state) for state in MOMENTS)
+    except (KeyError, TypeError, IndexError):
+        return False
+
+
+def _groups(shard: dict[str, Any], state: str) -> list[Tensor]:
+    """A rank's flat vectors, one for each group."""
+    stage_3 = _number(shard["zero_stage"]) == 3
+    if state == WEIGHTS:
+        return list(shard["fp32_flat_groups" if stage_3 else "single_partition_of_fp32_groups"])
+    found = shard["optimizer_state_dict" if stage_3 else "base_optimizer_state"]
+    groups = found["state"] if isinstance(found, dict) else found
+    return [groups[n][state] for n in range(len(groups))]
 
 
 def _number(value: Any) -> int:

@@ -12,6 +12,7 @@ from megatrain.base.errors import CheckpointError
 from megatrain.checkpoint.storage import LocalStorage
 from megatrain.checkpoint.tensorfile import Entry, decode_header, header_length
 
+WEIGHTS = "weights"
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 MAX_JSON_BYTES = 32 * 2**20
 
@@ -83,7 +84,12 @@ class Folder:
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
 
-    def read(self, name: str) -> Tensor:
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """States of an optimiser that it holds for every weight."""
+        return ()
+
+    def read(self, name: str, state: str = WEIGHTS) -> Tensor:
         file, start, entry = self._tensors[name]
         if entry.begin == entry.end:
             return torch.empty(entry.shape, dtype=entry.dtype)

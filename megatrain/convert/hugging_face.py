@@ -21,9 +21,8 @@ from megatrain.checkpoint.stream import FILE_BYTES, Named, bytes_of, write_check
 from megatrain.checkpoint.tensorfile import Entry, encode_header
 from megatrain.checkpoint.tokenizer import tokenizer_of
 from megatrain.convert.check import TOLERANCE, Report, compare
-from megatrain.convert.deepspeed_zero import DeepSpeedFolder
 from megatrain.convert.families import FAMILY
-from megatrain.convert.folder import CONFIG, INDEX, SIDE_FILES, SINGLE, Folder
+from megatrain.convert.folder import CONFIG, INDEX, SIDE_FILES, SINGLE, WEIGHTS, Folder
 from megatrain.convert.mapping import family_for, rows_of, sizes_of
 from megatrain.convert.table import Row, Theirs
 from megatrain.data.manifest import TOKENIZER
@@ -48,18 +47,6 @@ def from_hugging_face(folder: str | Path, out: str | Path, *, check: bool = True
             logits differ (what was made is then in `out`.failed).
     """
     return convert_in(Folder(folder), Path(out), check)
-
-
-def from_deepspeed(folder: str | Path, like: str | Path, out: str | Path, *, check: bool = True) -> Report:
-    """Make a checkpoint of the float32 weights in a DeepSpeed ZeRO checkpoint of a Hugging Face model.
-
-    Args:
-        like: a folder with the model's config.json, and its tokenizer.
-
-    Raises:
-        CheckpointError: as `from_hugging_face`; or a file asks for code to be called, which is never done.
-    """
-    return convert_in(DeepSpeedFolder(folder, like), Path(out), check)
 
 
 def convert_in(theirs: Folder, out: Path, check: bool) -> Report:
@@ -90,7 +77,7 @@ def convert_in(theirs: Folder, out: Path, check: bool) -> Report:
         file_bytes=min(theirs.largest_file or FILE_BYTES, FILE_BYTES),
         beside=side,
     )
-    return _proven(out, check, written, theirs, kind, str(theirs.path), str(out), None)
+    return proven(out, check, written, theirs, kind, str(theirs.path), str(out), None)
 
 
 def _refuse_other_tensors(theirs: Folder, family: Any, choice: Any, rows: list[Row]) -> None:
@@ -111,15 +98,17 @@ def _refuse_other_tensors(theirs: Folder, family: Any, choice: Any, rows: list[R
 
 
 def _ours(theirs: Folder, rows: list[Row], choice: Any, shapes: dict[str, tuple[int, ...]]) -> Iterator[Named]:
-    sizes, made = sizes_of(choice), {}
-    for row in rows:
-        tensor = row.join([theirs.read(name) for name in row.theirs], sizes)
-        made[row.ours] = tuple(tensor.shape)
-        if problems := differences(made, {name: shapes.get(name, ()) for name in made}):
-            raise CheckpointError(f"{theirs.path}: {', '.join(row.theirs)} do not fit: {problems[0]}")
-        yield "weights", row.ours, tensor
-    if problems := differences(made, shapes):
-        raise CheckpointError("\n".join([f"{theirs.path} does not make the model of its config:", *problems]))
+    sizes = sizes_of(choice)
+    for state in (WEIGHTS, *theirs.moments):
+        made = {}
+        for row in rows:
+            tensor = row.join([theirs.read(name, state) for name in row.theirs], sizes)
+            made[row.ours] = tuple(tensor.shape)
+            if problems := differences(made, {name: shapes.get(name, ()) for name in made}):
+                raise CheckpointError(f"{theirs.path}: {', '.join(row.theirs)} do not fit: {problems[0]}")
+            yield state, row.ours, tensor
+        if problems := differences(made, shapes):
+            raise CheckpointError("\n".join([f"{theirs.path} does not make the model of its config:", *problems]))
 
 
 def _tokenizer_entry(side: dict[str, bytes], theirs: Folder) -> dict[str, Any] | None:
@@ -186,7 +175,7 @@ def to_hugging_face(
     try:
         staging.mkdir(parents=True)
         _write_shards(storage, _shards(rows, reader, sizes_of(choice), cast, shard_bytes), reader, choice, cast)
-        _write_side_files(staging, commit, table, choice, config["data"]["seq_len"], cast)
+        write_side_files(staging, commit, table, choice, config["data"]["seq_len"], cast)
         os.rename(staging, out)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
@@ -194,7 +183,7 @@ def to_hugging_face(
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    return _proven(out, check, commit, Folder(out), kind, commit.storage.describe(commit.folder), str(out), cast)
+    return proven(out, check, commit, Folder(out), kind, commit.storage.describe(commit.folder), str(out), cast)
 
 
 def _shards(
@@ -238,7 +227,7 @@ def _write_shards(
         write_json(storage.root / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _write_side_files(
+def write_side_files(
     folder: Path, commit: Commit, family: Any, choice: Any, seq_len: int, cast: torch.dtype | None
 ) -> None:
     """config.json, generation_config.json and what the tokenizer needs."""
@@ -283,7 +272,7 @@ def _write_tokenizer(folder: Path, commit: Commit) -> int | None:
 # ------------------------------------------------------------------------------------------------ the proof
 
 
-def _proven(
+def proven(
     out: Path,
     check: bool,
     commit: Commit,

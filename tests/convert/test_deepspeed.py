@@ -1,5 +1,6 @@
 """DeepSpeed's checkpoints, written by DeepSpeed itself, read without executing anything in them."""
 
+import argparse
 import os
 import pickle
 import zipfile
@@ -12,15 +13,16 @@ import transformers
 
 from megatrain.base.errors import CheckpointError
 from megatrain.checkpoint.read import find
+from megatrain.convert.deepspeed import from_deepspeed, to_deepspeed
 from megatrain.convert.deepspeed_zero import DeepSpeedFolder
-from megatrain.convert.hugging_face import from_deepspeed, from_hugging_face
+from megatrain.convert.hugging_face import from_hugging_face
 from megatrain.convert.pickled import load_pickled
 from tests.convert.test_hugging_face import GROUPED, SMALL, make
 from tests.ranks import run
 
 
-def train_and_save(theirs: str, out: str, stage: int, frozen: bool) -> None:
-    """Two parameter groups, two steps, DeepSpeed's own save; rank 0 also leaves what transformers would save."""
+def engine_of(theirs: str, stage: int, n_groups: int, frozen: bool = False, **config):
+    """DeepSpeed's own engine around the model of transformers."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -31,15 +33,24 @@ def train_and_save(theirs: str, out: str, stage: int, frozen: bool) -> None:
     groups = [{"params": [p for p in trained if p.dim() == 1]}, {"params": [p for p in trained if p.dim() > 1]}]
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=torch.optim.AdamW(groups, lr=1e-2),
+        optimizer=torch.optim.AdamW(groups if n_groups == 2 else trained, lr=1e-2),
         config={
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {"stage": stage},
             "zero_allow_untested_optimizer": True,
             "torch_adam": True,
+            **config,
         },
         dist_init_required=False,
     )
+    return engine
+
+
+def train_and_save(theirs: str, out: str, stage: int, frozen: bool) -> None:
+    """Two parameter groups, two steps, DeepSpeed's own save; rank 0 also leaves what transformers would save."""
+    import deepspeed
+
+    engine = engine_of(theirs, stage, 2, frozen)
     for step in range(2):
         tokens = torch.randint(61, (1, 8), generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
         engine.backward(engine(input_ids=tokens, labels=tokens).loss)
@@ -77,6 +88,74 @@ def test_the_weights_of_every_stage_are_those_of_the_model(stage, frozen, tmp_pa
         missing.unlink()
         with pytest.raises(CheckpointError, match=r"has 1 of 2 \*_optim_states.pt"):
             DeepSpeedFolder(tmp_path / "out", tmp_path / "theirs")
+
+
+def load_and_save(theirs: str, source: str, out: str, stage: int, universal: bool) -> float:
+    """What DeepSpeed loads, saved by itself; returns its count of steps."""
+    n_groups = 2 if universal else 1
+    engine = engine_of(theirs, stage, n_groups, checkpoint={"load_universal": universal})
+    assert engine.load_checkpoint(source)[0] is not None
+    engine.save_checkpoint(out)
+    return float(next(iter(engine.optimizer.optimizer.state.values()))["step"])
+
+
+def assert_same_tensors(a: Path, b: Path) -> None:
+    ours, expected = find(a).reader(), find(b).reader()
+    assert ours.states() == expected.states() == ["exp_avg", "exp_avg_sq", "weights"]
+    for state in ours.states():
+        for name in ours.names(state):
+            x, y = ours.read_full(name, state), expected.read_full(name, state)
+            assert torch.equal(x, y), (state, name)
+            assert x.dtype == torch.float32
+
+
+@pytest.mark.parametrize("stage", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_weights_and_moments_go_to_deepspeed_and_back_with_the_same_bits(stage, tmp_path):
+    """Its ZeRO -> ours -> universal and ZeRO 1, 2, each loaded and saved by DeepSpeed itself -> ours."""
+    make(tmp_path / "theirs", "llama", SMALL | GROUPED | {"num_hidden_layers": 2, "tie_word_embeddings": stage == 1})
+    theirs = str(tmp_path / "theirs")
+    run(train_and_save, 2, theirs, str(tmp_path / "trained"), stage, False)
+    from_deepspeed(tmp_path / "trained", theirs, tmp_path / "ours")
+    assert find(tmp_path / "ours").reader().read_full("norm.weight", "exp_avg_sq").count_nonzero() > 16
+    assert to_deepspeed(tmp_path / "ours", tmp_path / "universal").passed
+    assert to_deepspeed(tmp_path / "ours", tmp_path / "zero", ranks=2).passed
+    for name, target, universal in [("universal", stage, True), ("zero", 2, False)]:
+        again = tmp_path / f"{name}-again"
+        assert run(load_and_save, 2, theirs, str(tmp_path / name), str(again), target, universal) == [0.0, 0.0]
+        from_deepspeed(again, theirs, tmp_path / f"{name}-ours", check=False)
+        assert_same_tensors(tmp_path / f"{name}-ours", tmp_path / "ours")
+        from_deepspeed(tmp_path / name, tmp_path / name, tmp_path / f"{name}-read", check=False)
+        assert_same_tensors(tmp_path / f"{name}-read", tmp_path / "ours")
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_universal_checkpoint_made_by_deepspeed_is_read(stage, tmp_path, monkeypatch):
+    make(tmp_path / "theirs", "llama", SMALL | {"num_hidden_layers": 1, "tie_word_embeddings": stage == 2})
+    run(train_and_save, 2, str(tmp_path / "theirs"), str(tmp_path / "trained"), stage, False)
+    run(make_universal, 1, str(tmp_path / "trained" / "global_step2"), str(tmp_path / "universal" / "global_step2"))
+    from_deepspeed(tmp_path / "trained", tmp_path / "theirs", tmp_path / "ours", check=False)
+    assert from_deepspeed(tmp_path / "universal", tmp_path / "theirs", tmp_path / "read").passed
+    assert_same_tensors(tmp_path / "read", tmp_path / "ours")
+
+
+def make_universal(source: str, out: str) -> None:
+    """As deepspeed/checkpoint/ds_to_universal.py does it, in this process."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    ds_to_universal.main(
+        argparse.Namespace(
+            input_folder=source, output_folder=out, num_extract_workers=1, num_merge_workers=1,
+            keep_temp_folder=False, strict=True, inject_missing_state=True,
+        )
+    )  # fmt: skip
+
+
+def test_a_checkpoint_without_moments_is_not_written_for_deepspeed(tmp_path):
+    make(tmp_path / "theirs", "llama", SMALL)
+    from_hugging_face(tmp_path / "theirs", tmp_path / "ours", check=False)
+    with pytest.raises(CheckpointError, match="does not hold exp_avg and exp_avg_sq of every weight"):
+        to_deepspeed(tmp_path / "ours", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------------------------ pickles
