@@ -9,6 +9,7 @@ compiler must keep, and reach `_Tap.backward` in eager autograd, which queues th
 Norms, biases, the embedding and the head, whose gradient is known as soon as its loss is, are not deferred.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megatrain.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from megatrain.parallel.product import add_product, linear, multiply
+from megatrain.parallel.product import add_product, float32_product, linear, multiply
 from megatrain.parallel.shard import shard_of
 
 
@@ -41,11 +42,7 @@ class Owed:
             return
         if weight.dtype != torch.float32:
             weight.grad_dtype = torch.float32
-        if grad.dtype == torch.float32:
-            product = multiply(grad.T, x)
-        else:
-            product = torch.zeros(grad.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
-            add_product(product, grad, x)
+        product = float32_product(grad, x)
         if weight.shape == product.shape:
             weight.grad = product
         else:  # ZeRO-3 has released the weight, which is empty now, and expects a whole gradient: lend it the shape
@@ -133,12 +130,14 @@ class _Deferred(torch.autograd.Function):
         return grad_x, None, grad_bias, x, grad
 
 
-def defer_weight_gradients(stage: nn.Module) -> tuple[WeightGradientQueue, list[DeferredProduct]]:
-    """Make the linears of `stage` put their weight gradients into the queue that is returned.
+def defer_weight_gradients(
+    stage: nn.Module, queue: WeightGradientQueue | None = None
+) -> tuple[WeightGradientQueue, list[DeferredProduct]]:
+    """Make the linears of `stage` put their weight gradients into the queue that is returned, a new one by default.
 
     Those whose product is not the plain one keep theirs in backward. The products are to be tapped before each forward.
     """
-    queue, products = WeightGradientQueue(), []
+    queue, products = queue or WeightGradientQueue(), []
     for module in stage.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear) and module.product is linear:
             module.product = DeferredProduct(module, queue)
