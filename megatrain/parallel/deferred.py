@@ -137,6 +137,8 @@ def defer_weight_gradients(
 
     Those whose product is not the plain one keep theirs in backward. The products are to be tapped before each forward.
     """
+    # the compiler looks at `.grad` of every input of a block, and taps are no leaves
+    warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf", UserWarning)
     queue, products = queue or WeightGradientQueue(), []
     for module in stage.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear) and module.product is linear:

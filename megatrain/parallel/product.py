@@ -52,11 +52,18 @@ def add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
     if grad.dtype == total.dtype:
         total.addmm_(grad.T, x)
     elif grad.device.type == "cuda":
-        total += torch.mm(grad.T, x, out_dtype=torch.float32)
+        torch.addmm(total, grad.T, x, out_dtype=torch.float32, out=total)  # the product adds as it writes
     elif _slow(grad):
         total.addmm_(grad.float().T, x.float())
     else:
         total += grad.T @ x
+
+
+def float32_product(grad: Tensor, x: Tensor) -> Tensor:
+    """grad^T x: [n, o], [n, i] -> float32 [o, i]."""
+    if grad.dtype == torch.float32 or grad.device.type != "cuda":
+        return multiply(grad.T.float(), x.float())
+    return torch.mm(grad.T, x, out_dtype=torch.float32)
 
 
 def _slow(x: Tensor) -> bool:
