@@ -63,11 +63,16 @@ class Passes:
         remaining = batch.rows
         for micro in batch.split(self.micro_batch):
             remaining -= micro.rows
-            with self.number_format():
-                loss_sum, _ = self.model(micro)
+            loss_sum = self.loss_sum(micro)
             backward(loss_sum * factor, remaining == 0)
             total += loss_sum.detach()
         return total
+
+    def loss_sum(self, micro: Batch) -> Tensor:
+        """The forward of one micro-batch."""
+        with self.number_format():
+            loss_sum, _ = self.model(micro)
+        return loss_sum
 
     def sum_tied(self, gradients: Mapping[str, Tensor]) -> None:
         """Sum the gradients, by name, of parameters that other ranks of a pipeline have a copy of: none here."""

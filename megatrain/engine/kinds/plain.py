@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from megatrain.base.errors import ConfigError
+from megatrain.engine.accumulating import plain_passes
 from megatrain.engine.api import ENGINE, Engine, EngineCase, Parts, StepReport
 from megatrain.engine.gradients import Gradients, gradients_by_name, gradients_of, sum_partial
 from megatrain.engine.passes import mean, summed
-from megatrain.engine.pipeline import passes_of
 from megatrain.nn.batch import Batch
 from megatrain.optim.norm import clip_divisor, counted_and_copies, global_norm, not_finite, squared_norm
 from megatrain.optim.optimizer import guarded, set_lr, set_step_count, step_count
@@ -51,7 +51,7 @@ class PlainEngine:
         self.masters = masters_of(self.model, self.named, parts.precision.parameters)
         self.partial = [p for name, p in self.named.items() if self.shards[name].partial]
         self.gradients = self._gradients()
-        self.passes = passes_of(parts, parts.mesh)
+        self.passes = plain_passes(parts)
         self.optimizer = parts.optimizer.build(self.masters)
         whole = [
             Held(name, master, self.shards[name], 0, master.numel(), counted=self.data.rank == 0)

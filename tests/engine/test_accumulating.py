@@ -1,0 +1,71 @@
+"""Weight gradients that are added up in their product are those that autograd adds up."""
+
+import pytest
+import torch
+
+from megatrain.base.device import Device
+from megatrain.engine.accumulating import AccumulatingPasses, accumulating, plain_passes
+from megatrain.engine.api import Parts, Precision
+from megatrain.engine.passes import Passes
+from megatrain.parallel.mesh import ALONE, Mesh
+from megatrain.parallel.shard import initialise
+from tests.engine.toy import MODEL, OPTIMIZER, SEQ_LEN, VOCABULARY, toy_batch
+
+CPU = torch.device("cpu")
+
+
+def gradients(kind: type[Passes], form: torch.dtype, **options: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss sum and gradients of three micro-batches of two rows, and of one row in the last."""
+    model = MODEL.build(n_valid=VOCABULARY, seq_len=SEQ_LEN)
+    initialise(model, seed=3)
+    for p in model.parameters():
+        p.data = p.data.to(form)
+        p.grad_dtype = torch.float32
+    passes = kind(model=model, data=ALONE, micro_batch=2, device=CPU, **options)
+    batch = toy_batch(0, 7)
+    passes.evaluate(batch)  # leaves no trace
+    loss = passes.forward_backward(batch, passes.global_tokens(batch))
+    return float(loss), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_float32_gradients_are_autograds_to_rounding() -> None:
+    loss, mine = gradients(AccumulatingPasses, torch.float32, dtype=torch.float32)
+    expected_loss, expected = gradients(Passes, torch.float32)
+    assert loss == expected_loss
+    assert mine.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_bf16_weights_have_float32_gradients_at_least_as_near_to_the_truth() -> None:
+    _, mine = gradients(AccumulatingPasses, torch.bfloat16, dtype=torch.bfloat16)
+    _, autograds = gradients(Passes, torch.bfloat16)
+    _, truth = gradients(Passes, torch.float32)
+    for name in truth:
+        assert mine[name].dtype == torch.float32
+        assert (mine[name] - truth[name]).norm() < 1.1 * (autograds[name] - truth[name]).norm() + 1e-9
+
+
+def parts(kind: str, **precision: str) -> Parts:
+    model = MODEL.build(n_valid=VOCABULARY, seq_len=SEQ_LEN)
+    return Parts(model, OPTIMIZER, Mesh(), Device(kind), Precision(**precision), 1, 0)
+
+
+def test_products_accumulate_on_a_gpu_in_bf16_only() -> None:
+    bf16 = parts("cuda", compute="bf16", parameters="bf16")
+    assert accumulating(bf16)
+    assert isinstance(plain_passes(bf16), AccumulatingPasses)
+    assert not accumulating(parts("cuda"))
+    assert not accumulating(parts("cpu", compute="bf16", parameters="bf16"))
+
+
+@pytest.mark.gpu
+def test_a_product_on_a_gpu_adds_to_its_result_in_place() -> None:
+    from megatrain.parallel.product import add_product
+
+    total = torch.ones(32, 16, device="cuda")
+    place = total.data_ptr()
+    grad, x = (torch.randn(64, n, device="cuda", dtype=torch.bfloat16) for n in (32, 16))
+    add_product(total, grad, x)
+    assert total.data_ptr() == place
+    torch.testing.assert_close(total, 1 + grad.float().T @ x.float(), rtol=1e-4, atol=1e-3)
