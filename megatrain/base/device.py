@@ -60,6 +60,11 @@ class Device:
         """The torch.distributed backend of this device; gloo carries CPU tensors beside NCCL's."""
         return "cpu:gloo,cuda:nccl" if self.kind == "cuda" else "gloo"
 
+    @property
+    def pins_memory(self) -> bool:
+        """Copies to this device overlap computation where they come from page-locked memory."""
+        return self.kind != "cpu"
+
     def use(self) -> None:
         """Make this the current device of the process."""
         import torch

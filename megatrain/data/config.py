@@ -1,10 +1,12 @@
 """What a run is trained on: the `data` part of a run file."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from megatrain.data.cache import Cache
 from megatrain.data.corpus import Corpus
+from megatrain.data.manifest import Manifest
 from megatrain.data.objective import OBJECTIVE, Objective
 from megatrain.data.objective.next_token import NextToken
 from megatrain.data.packing import PACKING, Packing
@@ -71,9 +73,13 @@ class Data:
     allow_pipe: bool = False
     """Sources may be commands (`pipe:`), which are run on every machine of the run."""
 
-    def corpora(self, split: str, seed: int) -> list[Corpus]:
-        """The sources, opened."""
-        return [Corpus(source.path, split, seed, self.cache, self.allow_pipe) for source in self.sources]
+    def corpora(self, split: str, seed: int, manifests: Sequence[Manifest] | None = None) -> list[Corpus]:
+        """The sources, opened; `manifests` are theirs, where they were read before."""
+        known: Sequence[Manifest | None] = manifests or [None] * len(self.sources)
+        return [
+            Corpus(source.path, split, seed, self.cache, self.allow_pipe, manifest)
+            for source, manifest in zip(self.sources, known, strict=True)
+        ]
 
     def problems(self) -> list[str]:
         found = []

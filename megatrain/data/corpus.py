@@ -138,10 +138,19 @@ class ShuffledShard:
 class Corpus:
     """One split of a data set, in the order that a seed gives it."""
 
-    def __init__(self, address: str, split: str, seed: int, cache: Cache | None = None, allow_pipe: bool = False):
+    def __init__(
+        self,
+        address: str,
+        split: str,
+        seed: int,
+        cache: Cache | None = None,
+        allow_pipe: bool = False,
+        manifest: Manifest | None = None,
+    ):
+        """Opens the manifest, which is read unless it is given, and no shard."""
         self.name, self.seed = redacted(address), seed
         store = Hedged(open_store(address, allow_pipe)) if is_remote(address) else None
-        self.manifest = Manifest.read(Path(address)) if store is None else _remote_manifest(store)
+        self.manifest = manifest or read_manifest(address, store)
         self._store, self._address = store, address
         self.fingerprint = self.manifest.fingerprint
         if split not in self.manifest.splits or not self.manifest.splits[split].size:
@@ -289,7 +298,10 @@ class _Epoch:
     end: NDArray[np.int64]
 
 
-def _remote_manifest(store: Store) -> Manifest:
+def read_manifest(address: str, store: Store | None) -> Manifest:
+    """The manifest of the data set at `address`, which `store` reads where it is remote."""
+    if store is None:
+        return Manifest.read(Path(address))
     origin = f"{store.name}/{MANIFEST}"
     try:
         return Manifest.parse(json.loads(read_whole(store, MANIFEST)), origin)

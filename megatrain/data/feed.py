@@ -13,7 +13,7 @@ import torch
 from megatrain.base.log import warn
 from megatrain.data.config import Data
 from megatrain.data.held_out import HeldOut
-from megatrain.data.manifest import TRAIN, TokenizerEntry
+from megatrain.data.manifest import TRAIN, Manifest, TokenizerEntry
 from megatrain.data.read_ahead import makers
 from megatrain.data.rows import Arrays, Piece
 from megatrain.data.stream import Order, Stream
@@ -32,10 +32,11 @@ class Feed(Iterator[Batch]):
     """
 
     def __init__(self, order: Order, cursors: dict[str, Any] | None = None, pin_memory: bool = False):
-        self.order, self.pin_memory = order, pin_memory
+        self.pin_memory = pin_memory
         self.skipped: dict[tuple[str, str], int] = {}
         """Tokens left out so far on this rank, by (tar, document), since the document is damaged (data.on_damage)."""
         self._stream = Stream(order, cursors)  # opened even beside workers, since it refuses what is wrong at once
+        self.order = self._stream.order  # with the manifests, which workers need not read again
         self._start(cursors)
 
     @classmethod
@@ -51,6 +52,7 @@ class Feed(Iterator[Batch]):
         split: str = TRAIN,
         vocab_size: int | None = None,
         pin_memory: bool = False,
+        manifests: tuple[Manifest, ...] | None = None,
     ) -> Self:
         """The feed of one rank.
 
@@ -59,12 +61,14 @@ class Feed(Iterator[Batch]):
             cursors: `batch.cursors` of the last batch trained on, from any number of ranks and workers.
             vocab_size: ids at or above it are refused; the tokenizer's own size where not given.
             pin_memory: batches are in page-locked memory, so that their copy to a GPU can overlap computation.
+            manifests: of the sources, where they were read before.
 
         Raises:
             ConfigError: values that do not go together.
             DataError: a data set is missing, damaged, too small, or not the one of the cursors.
         """
-        return cls(Order(data, seed, global_batch, dp_rank, dp_size, split, vocab_size), cursors, pin_memory)
+        order = Order(data, seed, global_batch, dp_rank, dp_size, split, vocab_size, manifests)
+        return cls(order, cursors, pin_memory)
 
     @property
     def tokenizer(self) -> TokenizerEntry:
@@ -131,6 +135,7 @@ def held_out(
     dp_size: int = 1,
     vocab_size: int | None = None,
     pin_memory: bool = False,
+    manifests: Sequence[Manifest] | None = None,
 ) -> Iterator[Batch]:
     """This rank's rows of a pass over the held-out splits: the same rows in every run, whatever its seed.
 
@@ -139,8 +144,9 @@ def held_out(
     Args:
         global_batch: rows over all ranks.
         n_batches: stop after so many; the whole splits where not given.
+        manifests: of the sources, where they were read before.
     """
-    source = HeldOut(data, vocab_size)
+    source = HeldOut(data, vocab_size, manifests)
     rows = range(dp_rank * global_batch // dp_size, (dp_rank + 1) * global_batch // dp_size)
     for arrays, packed in source.batches(global_batch, n_batches, rows):
         yield Batch(**tensors_of(arrays, pin_memory), packed=packed)

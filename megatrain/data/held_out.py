@@ -1,13 +1,13 @@
 """A pass over held-out documents: finite, the same in every run, every token once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from megatrain.data import mixture
 from megatrain.data.config import Data
 from megatrain.data.corpus import common_tokenizer
-from megatrain.data.manifest import HELD_OUT
+from megatrain.data.manifest import HELD_OUT, Manifest
 from megatrain.data.rows import Arrays, Rows, check_vocabulary, empty
 
 _NEVER = -(2**62)  # credit that a source without weight cannot earn back
@@ -17,9 +17,9 @@ _SEED = 0  # not the run's: runs that are compared must be measured on the same 
 class HeldOut:
     """The held-out splits of the sources, laid end to end and cut in rows; rows of sources alternate by weight."""
 
-    def __init__(self, data: Data, vocab_size: int | None = None):
+    def __init__(self, data: Data, vocab_size: int | None = None, manifests: Sequence[Manifest] | None = None):
         self.data = data
-        self.corpora = data.corpora(HELD_OUT, _SEED)
+        self.corpora = data.corpora(HELD_OUT, _SEED, manifests)
         self.tokenizer = common_tokenizer(self.corpora)
         self.vocab_size = vocab_size or self.tokenizer.vocab_size
 

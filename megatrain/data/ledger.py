@@ -16,9 +16,10 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from megatrain.base.errors import DataError
+from megatrain.base.log import warn
 from megatrain.data.store import redacted
 
 VERSION = 1
@@ -43,6 +44,20 @@ class Trained:
     """Steps whose gradient was not finite: their batch changed nothing."""
 
 
+@dataclass(frozen=True)
+class Head:
+    """A ledger as it was at some moment: kept elsewhere, it shows that no line was changed or taken out since."""
+
+    lines: int
+    chain: str
+    """The hash of all of them."""
+
+    @classmethod
+    def of(cls, value: dict[str, Any] | None) -> Self | None:
+        """From its JSON value; None where there is none."""
+        return None if value is None else cls(value["lines"], value["chain"])
+
+
 class Ledger:
     """Reads and appends to the ledger at `path`; in a run rank 0 alone does."""
 
@@ -54,7 +69,8 @@ class Ledger:
         """
         self.path = path
         self.lines: list[dict[str, Any]] = []
-        self._chain = ""
+        self._chains = [""]
+        """The hash of the first n lines, for every n."""
         self._size = 0
         if path.exists():
             for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):  # what has no newline was cut
@@ -67,13 +83,29 @@ class Ledger:
             chain = value.pop("chain")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise DataError(f"line {number} of {self.path} is no line of a ledger: restore the file") from error
-        if chain != _link(self._chain, value):
+        if chain != _link(self._chains[-1], value):
             raise DataError(
                 f"{self.path} was changed: line {number} does not follow from the lines before it; restore the file, "
                 "or move it away to start a new ledger with the next run"
             )
-        self._chain = chain
+        self._chains.append(chain)
         return value
+
+    def refuse_other(self, known: Head) -> None:
+        """Raise unless this is the ledger that `known` was taken of, with lines added at most.
+
+        One that is not there at all is begun anew, and that is said: a run may go on elsewhere.
+
+        Raises:
+            DataError: lines are missing, or are others.
+        """
+        if not self.lines:
+            warn("%s is not here; it begins anew, and says nothing of the steps before", self.path)
+        elif known.lines > len(self.lines) or self._chains[known.lines] != known.chain:
+            raise DataError(
+                f"{self.path} is not the ledger that the checkpoint knows (it had {known.lines} lines and this one has "
+                f"{len(self.lines)}, or others): restore the file, or move it away to start a new ledger"
+            )
 
     def start(self, step: int, cursors: dict[str, Any] | None, order: dict[str, Any]) -> None:
         """A run begins, or goes on after `step`, in the order that `order_of` describes.
@@ -118,16 +150,16 @@ class Ledger:
         return None
 
     @property
-    def head(self) -> str:
-        """The hash of the whole ledger: kept elsewhere, it shows that no line was taken from the end."""
-        return self._chain
+    def head(self) -> Head:
+        """The ledger as it is now."""
+        return Head(len(self.lines), self._chains[-1])
 
     @property
     def _order(self) -> dict[str, Any] | None:
         return next((line for line in reversed(self.lines) if line["kind"] == "order"), None)
 
     def _append(self, value: dict[str, Any]) -> None:
-        chain = _link(self._chain, value)
+        chain = _link(self._chains[-1], value)
         line = json.dumps(value | {"chain": chain}, ensure_ascii=False).encode() + b"\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab") as file:
@@ -136,7 +168,8 @@ class Ledger:
             file.flush()
             os.fsync(file.fileno())
         self.lines.append(value)
-        self._chain, self._size = chain, self._size + len(line)
+        self._chains.append(chain)
+        self._size += len(line)
 
     def history(self) -> Iterator[Trained]:
         """What the weights at the last step were trained on, in order: ranges that were rewound are cut or left out."""

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
@@ -90,7 +91,7 @@ class Manifest:
     splits: dict[str, Split]
     provenance: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Changes when any shard does, or their order."""
         parts = [(name, _content(self.splits[name])) for name in sorted(self.splits)]

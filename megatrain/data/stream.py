@@ -1,6 +1,6 @@
 """Batch after batch, as arrays: what the feed hands out, worked out in the training process or in a worker."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from megatrain.base.random import seed_of
 from megatrain.data import mixture
 from megatrain.data.config import Data
 from megatrain.data.corpus import Corpus, common_tokenizer
-from megatrain.data.manifest import TRAIN
+from megatrain.data.manifest import TRAIN, Manifest
 from megatrain.data.rows import Arrays, Rows, check_vocabulary, empty
 from megatrain.data.slots import Slots
 
@@ -28,6 +28,8 @@ class Order:
     split: str = TRAIN
     vocab_size: int | None = None
     """Ids at or above it are refused; the tokenizer's own where None."""
+    manifests: tuple[Manifest, ...] | None = field(default=None, repr=False)
+    """Of the sources, where they were read before: who has one order reads the same data sets."""
 
     @property
     def n_slots(self) -> int:
@@ -43,11 +45,12 @@ class Stream:
     """The rows of one rank, batch after batch, and the places of all slots."""
 
     def __init__(self, order: Order, cursors: dict[str, Any] | None = None):
-        self.order = order
         data = order.data
         if problems := data.all_problems(order.global_batch, order.dp_size):
             raise ConfigError(problems)
-        self.corpora = data.corpora(order.split, order.seed)
+        self.corpora = data.corpora(order.split, order.seed, order.manifests)
+        self.manifests = tuple(corpus.manifest for corpus in self.corpora)
+        self.order = order = replace(order, manifests=self.manifests)
         self.tokenizer = common_tokenizer(self.corpora)
         self.vocab_size = order.vocab_size or self.tokenizer.vocab_size
         _check_sizes(self.corpora, order)

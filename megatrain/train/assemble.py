@@ -1,5 +1,6 @@
 """From a run file to a trainer: who we are, the mesh, the model, the engine, the data, the hooks."""
 
+import dataclasses
 import math
 import os
 from contextlib import ExitStack
@@ -21,9 +22,12 @@ from megatrain.checkpoint.read import Commit, only_weights
 from megatrain.checkpoint.retention import SCORE
 from megatrain.cluster.identity import Identity, identity_of
 from megatrain.cluster.start import connected, lost_peer
+from megatrain.config.build import plain
 from megatrain.data.feed import held_out
 from megatrain.data.held_out import HeldOut
-from megatrain.data.manifest import HELD_OUT, TOKENIZER, TRAIN, TokenizerEntry
+from megatrain.data.ledger import Head, order_of
+from megatrain.data.manifest import HELD_OUT, TOKENIZER, TRAIN, Manifest
+from megatrain.data.slots import merged
 from megatrain.engine.layout import resolve_engine
 from megatrain.nn.batch import Batch
 from megatrain.parallel.mesh import Mesh
@@ -51,7 +55,7 @@ def launch(run: Run) -> str:
     """Run `run` as this process's rank of the job; see `megatrain.train.run.train`."""
     identity = identity_of(os.environ)
     start_logging(identity.rank)
-    tokenizer = refuse(run, identity.world)
+    manifests = refuse(run, identity.world)
     if finished(run):
         return "already finished"
     device = Device.of(run.layout.device, identity.local_rank)
@@ -61,7 +65,7 @@ def launch(run: Run) -> str:
         if identity.world > 1:
             mesh = mesh.connect()
         with ExitStack() as stack:
-            session = Session(run, tokenizer, mesh, device, identity, request, stack)
+            session = Session(run, manifests, mesh, device, identity, request, stack)
             session.train()
     return "finished"
 
@@ -71,7 +75,8 @@ class Session:
     """One rank's parts of a run, opened in order and closed in the reverse order by `stack`."""
 
     run: Run
-    tokenizer: TokenizerEntry
+    manifests: tuple[Manifest, ...]
+    """Of the run's data sets, in order."""
     mesh: Mesh
     device: Device
     identity: Identity
@@ -80,6 +85,7 @@ class Session:
 
     def __post_init__(self) -> None:
         run = self.run
+        self.tokenizer = self.manifests[0].tokenizer  # of all of them
         self.state = State()
         self.exchange = Exchange(self.mesh.axis("world"))
         code = {"revision": revision(), "versions": versions()}
@@ -96,6 +102,7 @@ class Session:
         self.stack.push(self._close_checkpoints)
         commit = commit_to_resume(run, self.checkpoints)
         self.lineage = lineage(run, commit)
+        self.known_ledger = None if commit is None else Head.of(commit.manifest.facts.get("ledger"))
         self.resolved = resolve_engine(run.layout, self.mesh.size)
         self.engine = build_engine(run, self.tokenizer, self.mesh, self.device)
         self.stack.callback(self.engine.close)
@@ -104,7 +111,7 @@ class Session:
         refuse_drift(self.engine, self.exchange, self.resumed_at)
         if self.rank == 0:
             self._prepare_folder(commit)
-        self.feed = open_feed(run, self.mesh, self.device, self.state.cursors)
+        self.feed = open_feed(run, self.mesh, self.device, self.manifests, self.state.cursors)
         self.stack.callback(self.feed.close)
         self.held_out = self._held_out()
 
@@ -131,7 +138,7 @@ class Session:
 
     def _prepare_folder(self, commit: Commit | None) -> None:
         self.folder.write_config(self.run.shown())
-        tokenizer = self.run.data.corpora(TRAIN, self.run.seed)[0].tokenizer_file()
+        tokenizer = self.run.data.corpora(TRAIN, self.run.seed, self.manifests)[0].tokenizer_file()
         if tokenizer is not None:
             with written_whole(self.folder.path / TOKENIZER, "wb") as file:
                 file.write(tokenizer)
@@ -146,11 +153,11 @@ class Session:
     def _held_out(self) -> list[Batch]:
         """This rank's held-out rows; none where a source has no such split."""
         run, dp = self.run, self.mesh.axis("dp")
-        splits = [corpus.manifest.splits.get(HELD_OUT) for corpus in run.data.corpora(TRAIN, run.seed)]
+        splits = [manifest.splits.get(HELD_OUT) for manifest in self.manifests]
         if not all(split is not None and split.tokens for split in splits):
             log("no held-out loss: not every data set has a held-out split")
             return []
-        self.held_out_bytes_per_token = HeldOut(run.data).bytes_per_token
+        self.held_out_bytes_per_token = HeldOut(run.data, manifests=self.manifests).bytes_per_token
         cp = run.layout.context(self.mesh)
         batches = held_out(
             run.data,
@@ -158,6 +165,7 @@ class Session:
             n_batches=run.train.eval_batches,
             dp_rank=dp.rank,
             dp_size=dp.size,
+            manifests=self.manifests,
         )
         return [context_part(batch, cp) for batch in batches]
 
@@ -252,9 +260,26 @@ class Session:
             Metrics(handle),
             Console(handle),
             Wandb(run.log.wandb.mode, run.log.wandb.project, handle),
-            Bookkeeping(every, handle, run.data, run.seed, run.train.global_batch, lambda: self.state.cursors),
+            self._bookkeeping(every, handle),
             Saving(every, handle),
         ]
+
+    def _bookkeeping(self, every: int, handle: Handle) -> Bookkeeping:
+        run, fingerprints = self.run, [manifest.fingerprint for manifest in self.manifests]
+        order = order_of(plain(run.data), run.seed, run.train.global_batch, fingerprints)
+        self.bookkeeping = Bookkeeping(every, handle, order, self.cursors, self.known_ledger)
+        return self.bookkeeping
+
+    def cursors(self) -> Any:
+        """Where all data slots stand after the last step; every rank calls it.
+
+        Ranks that read raw text know the places of their own slots only.
+        """
+        found = self.state.cursors
+        if found is not None and "own" in found:
+            parts = {part["own"][0]: part for part in self.exchange.all(found)}
+            self.state.cursors = merged(list(parts.values()))
+        return self.state.cursors
 
     def _handle(self, throughput: Throughput) -> Handle:
         return Handle(
@@ -334,12 +359,15 @@ class Session:
         """A checkpoint of the state as it is, of which this is the held-out loss if it was measured."""
         if self.checkpoints.committed == self.state.step:
             return
+        self.cursors()
         state = {"run": self.state.saved(), "engine": self.engine.scalars()}
         tokenizer = {
             "fingerprint": self.tokenizer.fingerprint,
             "end_of_document": self.tokenizer.end_of_document,
         }
         facts = {"config": self.run.shown(), "tokenizer": tokenizer, "lineage": self.lineage, SCORE: held_out_loss}
+        if (head := self.bookkeeping.head) is not None:
+            facts["ledger"] = dataclasses.asdict(head)
         self.checkpoints.save(
             self.state.step, self.engine.slices(), state, facts, asynchronous=self.run.checkpoint.async_
         )

@@ -7,7 +7,7 @@ import torch
 
 from megatrain.base.device import Device
 from megatrain.data.feed import Feed
-from megatrain.data.manifest import TokenizerEntry
+from megatrain.data.manifest import Manifest, TokenizerEntry
 from megatrain.engine.api import ENGINE, Engine, Parts
 from megatrain.engine.layout import resolve_engine
 from megatrain.engine.schedules import PipelinePlan
@@ -92,8 +92,14 @@ def context_part(batch: Batch, cp: Any) -> Batch:
     return batch.context_part(cp.columns(batch.tokens.shape[1]))
 
 
-def open_feed(run: Run, mesh: Mesh, device: Device, cursors: dict[str, Any] | None = None) -> ContextFeed:
-    """This rank's rows of each global batch, from `cursors` on."""
+def open_feed(
+    run: Run,
+    mesh: Mesh,
+    device: Device,
+    manifests: tuple[Manifest, ...] | None = None,
+    cursors: dict[str, Any] | None = None,
+) -> ContextFeed:
+    """This rank's rows of each global batch, from `cursors` on; `manifests` of the data sets, if they were read."""
     dp = mesh.axis("dp")
     feed = Feed.open(
         run.data,
@@ -102,6 +108,7 @@ def open_feed(run: Run, mesh: Mesh, device: Device, cursors: dict[str, Any] | No
         dp_rank=dp.rank,
         dp_size=dp.size,
         cursors=cursors,
-        pin_memory=device.kind == "cuda",
+        pin_memory=device.pins_memory,
+        manifests=manifests,
     )
     return ContextFeed(feed, run.layout.context(mesh))

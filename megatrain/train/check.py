@@ -4,15 +4,15 @@ from pathlib import Path
 
 from megatrain.base.errors import ConfigError, DataError
 from megatrain.base.files import sha256_of
-from megatrain.data.manifest import TokenizerEntry
+from megatrain.data.manifest import Manifest, TokenizerEntry
 from megatrain.data.stream import Order, Stream
 from megatrain.engine.layout import layout_problems
 from megatrain.models.recompute import unmatched
 from megatrain.train.config import Run
 
 
-def refuse(run: Run, world: int) -> TokenizerEntry:
-    """The tokenizer of the run's data, if all of the run fits together on `world` ranks.
+def refuse(run: Run, world: int) -> tuple[Manifest, ...]:
+    """The manifests of the run's data sets, if all of the run fits together on `world` ranks.
 
     Raises:
         ConfigError: with everything that does not fit.
@@ -20,15 +20,15 @@ def refuse(run: Run, world: int) -> TokenizerEntry:
     """
     problems = problems_of(run, world)
     try:
-        tokenizer = Stream(Order(run.data, run.seed, run.train.global_batch)).tokenizer
+        stream = Stream(Order(run.data, run.seed, run.train.global_batch))
     except (DataError, ConfigError) as error:
         if problems:
             raise ConfigError([*problems, *str(error).splitlines()]) from None
         raise
-    problems += data_problems(run, tokenizer)
+    problems += data_problems(run, stream.tokenizer)
     if problems:
         raise ConfigError(problems)
-    return tokenizer
+    return stream.manifests
 
 
 def problems_of(run: Run, world: int) -> list[str]:

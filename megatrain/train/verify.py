@@ -161,10 +161,11 @@ def measure(run_file: str, layout_text: str, steps: int, folder: Path, overrides
 def take_steps(run: Run, mesh: Mesh, steps: int, folder: Path) -> None:
     """Take `steps` steps from the start of the run as one rank of `mesh`, and write down what `compare` reads."""
     device = Device.of("cpu")
-    engine = build_engine(run, refuse(run, mesh.size), mesh, device)
+    manifests = refuse(run, mesh.size)
+    engine = build_engine(run, manifests[0].tokenizer, mesh, device)
     checkpoints = Checkpoints(folder, mesh.axis("world"))
     losses, norms = [], []
-    with open_feed(run, mesh, device) as feed:
+    with open_feed(run, mesh, device, manifests) as feed:
         for step in range(1, steps + 1):
             report = engine.step(next(feed), run.optimizer.lr * run.schedule.lr_factor(step, run.total_steps))
             losses.append(float(report.loss))

@@ -70,12 +70,12 @@ def session(run: Run) -> None:
     rank, size = (dist.get_rank(), dist.get_world_size()) if world else (0, 1)
     identity = Identity(rank, size, rank, size, 0, "environment", "127.0.0.1", 0)
     start_logging(identity.rank)
-    tokenizer = refuse(run, identity.world)
+    manifests = refuse(run, identity.world)
     mesh = run.layout.mesh(identity.world).at(identity.rank)
     if world:
         mesh = mesh.connect()
     with ExitStack() as stack:
-        Session(run, tokenizer, mesh, Device.of("cpu"), identity, StopRequest(), stack).train()
+        Session(run, manifests, mesh, Device.of("cpu"), identity, StopRequest(), stack).train()
 
 
 def on_ranks(path: str, overrides: tuple[str, ...] = (), kill: tuple[int, int] | None = None) -> None:

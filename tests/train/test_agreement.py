@@ -45,7 +45,7 @@ def test_equal_ranks_agree_and_a_different_one_is_named_on_every_rank() -> None:
 def drift(path: str, layout: Layout, damaged: int | None) -> tuple[list[str], str]:
     found = dataclasses.replace(read_run(path).run, layout=layout)
     mesh = layout.mesh(dist.get_world_size()).at(dist.get_rank()).connect()
-    engine: Any = build_engine(found, refuse(found, mesh.size), mesh, Device.of("cpu"))
+    engine: Any = build_engine(found, refuse(found, mesh.size)[0].tokenizer, mesh, Device.of("cpu"))
     exchange = Exchange(mesh.axis("world"))
     before = drifted(engine, exchange)
     if dist.get_rank() == damaged:

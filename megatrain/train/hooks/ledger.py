@@ -3,10 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from megatrain.config.build import plain
-from megatrain.data.config import Data
-from megatrain.data.ledger import FILE, Ledger, order_of
-from megatrain.data.manifest import TRAIN
+from megatrain.data.ledger import FILE, Head, Ledger
 from megatrain.train.hook import Handle, Periodic, Record
 
 
@@ -17,18 +14,35 @@ class Bookkeeping(Periodic):
     """
 
     def __init__(
-        self, every: int, handle: Handle, data: Data, seed: int, global_batch: int, cursors: Callable[[], Any]
+        self, every: int, handle: Handle, order: dict[str, Any], cursors: Callable[[], Any], known: Head | None = None
     ):
-        """`cursors` gives where the feed stands after the step that is `due`, or after the last one of all."""
+        """Opens the ledger in the run's folder.
+
+        Args:
+            order: what decides the batches, from `order_of`.
+            cursors: gives where the feed stands after the step that is `due`, or after the last one of all. Every rank
+                calls it.
+            known: what the checkpoint that the run goes on from knows of the ledger.
+
+        Raises:
+            DataError: the ledger was changed since, or is cut.
+        """
         super().__init__(every, handle)
         self.cursors = cursors
         self.step = handle.first_step - 1
         self.skipped: list[int] = []
         self.ledger: Ledger | None = None
+        start = cursors()
         if handle.rank == 0:
-            fingerprints = [corpus.fingerprint for corpus in data.corpora(TRAIN, seed)]
             self.ledger = Ledger(handle.folder / FILE)
-            self.ledger.start(self.step, cursors(), order_of(plain(data), seed, global_batch, fingerprints))
+            if known is not None:
+                self.ledger.refuse_other(known)
+            self.ledger.start(self.step, start, order)
+
+    @property
+    def head(self) -> Head | None:
+        """The ledger as it is, for a checkpoint to remember; rank 0 knows."""
+        return None if self.ledger is None else self.ledger.head
 
     def after_step(self, record: Record) -> None:
         self.step = record["step"]
@@ -42,6 +56,7 @@ class Bookkeeping(Periodic):
             self._write()
 
     def _write(self) -> None:
+        cursors = self.cursors()
         if self.ledger is not None:
-            self.ledger.trained(self.step, self.cursors(), self.skipped)
+            self.ledger.trained(self.step, cursors, self.skipped)
         self.skipped = []
