@@ -31,6 +31,7 @@ def tap(products: list[DeferredProduct], dtype: torch.dtype = torch.float32) -> 
         product.tap(B, T, dtype, torch.device("cpu"))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own doing
 @pytest.mark.parametrize("compiled", [False, True])
 def test_paid_gradients_are_those_of_backward(compiled: bool) -> None:
     plain, split = layer(), layer()
