@@ -5,8 +5,10 @@ AdamW's first moment is (1 - beta1) times the gradient that was applied, whateve
 it; so checkpoints of both sides, which hold full tensors, are all that must be compared.
 """
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import sys
@@ -35,9 +37,11 @@ from megatrain.parallel.mesh import Mesh
 from megatrain.train.build import build_engine, open_feed
 from megatrain.train.check import refuse
 from megatrain.train.config import Run, read_run
+from megatrain.train.diagnosis import Difference, Evidence, Limits, first_difference
+from megatrain.train.flow import Flow, flow_differences
 
-LOSS, NORM, GRADIENT = 1e-5, 1e-5, 1e-4
-"""Largest relative differences that count as equal in float32: of the losses, the norms, each full gradient."""
+LIMITS = Limits()
+"""What counts as equal in float32."""
 
 EPS = 1e-4
 """AdamW's eps on both sides. Where a gradient is almost nothing a small one makes a full step of its rounding error."""
@@ -46,38 +50,26 @@ AXES = ("tp", "pp", "cp", "ep", "dp")
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A full tensor that is not what one process gives."""
-
-    name: str
-    relative: float
-    suspect: str
-    """The collective that feeds it, and over which axis."""
-
-
-@dataclass(frozen=True)
 class Verdict:
-    """Largest relative differences, and the tensors whose gradients differ by more than `GRADIENT`, worst first."""
+    """Largest relative differences, and what is off first on the way through a step."""
 
     layout: str
     steps: int
     loss: float
     norm: float
     gradients: float
-    differences: tuple[Difference, ...] = ()
+    first: Difference | None = None
 
     @property
     def equal(self) -> bool:
-        return self.loss <= LOSS and self.norm <= NORM and self.gradients <= GRADIENT
+        return self.loss <= LIMITS.loss and self.norm <= LIMITS.norm and self.gradients <= LIMITS.gradient
 
     def line(self) -> str:
         figures = f"loss {self.loss:.0e} norm {self.norm:.0e} gradients {self.gradients:.0e}"
         if self.equal:
             return f"equal: {figures}"
-        if self.differences:
-            worst = self.differences[0]
-            return f"differs: {worst.name} ({worst.suspect}) by {worst.relative:.0e}; {figures}"
-        return f"differs: the losses or norms only; {figures}"
+        assert self.first is not None
+        return f"differs: {self.first.name} ({self.first.suspect}) by {self.first.relative:.0e}; {figures}"
 
 
 def layout_of(text: str, base: Layout) -> tuple[Layout, int]:
@@ -162,18 +154,22 @@ def take_steps(run: Run, mesh: Mesh, steps: int, folder: Path) -> None:
     """Take `steps` steps from the start of the run as one rank of `mesh`, and write down what `compare` reads."""
     device = Device.of("cpu")
     manifests = refuse(run, mesh.size)
-    engine = build_engine(run, manifests[0].tokenizer, mesh, device)
+    engine: Any = build_engine(run, manifests[0].tokenizer, mesh, device)
+    flow = Flow(engine.parts.model, mesh, run.layout.context(mesh).columns(run.data.seq_len))
     checkpoints = Checkpoints(folder, mesh.axis("world"))
     losses, norms = [], []
     with open_feed(run, mesh, device, manifests) as feed:
         for step in range(1, steps + 1):
-            report = engine.step(next(feed), run.optimizer.lr * run.schedule.lr_factor(step, run.total_steps))
+            with flow if step == 1 else contextlib.nullcontext():
+                report = engine.step(next(feed), run.optimizer.lr * run.schedule.lr_factor(step, run.total_steps))
             losses.append(float(report.loss))
             norms.append(float(report.grad_norm))
-            if step == 1:
+            if step in (1, steps):
                 checkpoints.save(step, engine.slices(), {}, {}, asynchronous=False)
-    if mesh.rank == 0:
-        write_json(folder / "numbers.json", {"losses": losses, "norms": norms})
+    names = flow.save(folder, mesh.rank)
+    divisors = [max(1.0, norm / (run.optimizer.clip or math.inf)) for norm in norms]
+    numbers = {"losses": losses, "norms": norms, "divisors": divisors, "flow": names}
+    write_json(folder / f"numbers-{mesh.rank}.json", numbers)
     checkpoints.close()
     engine.close()
 
@@ -183,20 +179,40 @@ def take_steps(run: Run, mesh: Mesh, steps: int, folder: Path) -> None:
 
 def compare(one: Path, many: Path, layout_text: str, steps: int, layout: Layout) -> Verdict:
     """What differs between the two sides."""
-    numbers, theirs = (read_json(side / "numbers.json") for side in (one, many))
-    loss = max(map(relative, numbers["losses"], theirs["losses"]))
-    norm = max(map(relative, numbers["norms"], theirs["norms"]))
-    a, b = (find(side / "step-00000001").reader() for side in (one, many))
-    found = sorted(_gradient_differences(a, b, layout), key=lambda d: -d.relative)
-    worst = found[0].relative if found else 0.0
-    return Verdict(layout_text, steps, loss, norm, worst, tuple(d for d in found if not d.relative <= GRADIENT))
+    numbers, theirs = (read_json(side / "numbers-0.json") for side in (one, many))
+    losses, norms = (list(map(relative, numbers[what], theirs[what])) for what in ("losses", "norms"))
+    a, b, a_end, b_end = (find(side / f"step-{step:08d}").reader() for step in (1, steps) for side in (one, many))
+    unclipped = theirs["divisors"][0] / numbers["divisors"][0]  # gradients were clipped by a norm that may be wrong
+    evidence = Evidence(
+        flow=list(flow_differences(one, many, numbers["flow"])),
+        losses=losses,
+        gradients=_differences(a, b, "exp_avg", unclipped),
+        norms=norms,
+        apart=_apart(many, layout),
+        weights=_differences(a, b, "weights"),
+        averages=_differences(a_end, b_end, "exp_avg"),
+    )
+    worst = max(share for _, share in [*_differences(a, b, "exp_avg"), *evidence.averages])
+    return Verdict(layout_text, steps, max(losses), max(norms), worst, first_difference(evidence, layout, LIMITS))
 
 
-def _gradient_differences(a: Reader, b: Reader, layout: Layout) -> list[Difference]:
-    return [
-        Difference(name, _distance(a.read_full(name, "exp_avg"), b.read_full(name, "exp_avg")), _suspect(name, layout))
-        for name in a.names("exp_avg")
-    ]
+def _apart(many: Path, layout: Layout) -> list[tuple[str, float]]:
+    """Axes along which ranks have different norms in step 1, and the largest relative difference."""
+    norms = [read_json(path)["norms"][0] for path in sorted(many.glob("numbers-*.json"), key=_rank)]
+    mesh, found = layout.mesh(len(norms)), []
+    for axis in ("tp", "pp", "data"):
+        rows = [mesh.at(rank).axis(axis).ranks for rank in range(len(norms))]
+        found.append((axis, max(relative(norms[row[0]], norms[rank]) for row in rows for rank in row)))
+    return found
+
+
+def _rank(numbers: Path) -> int:
+    return int(numbers.stem.split("-")[1])
+
+
+def _differences(a: Reader, b: Reader, state: str, factor: float = 1.0) -> list[tuple[str, float]]:
+    """Each tensor's difference between `a` and `factor` times `b`."""
+    return [(name, _distance(a.read_full(name, state), b.read_full(name, state) * factor)) for name in a.names(state)]
 
 
 def relative(x: float, y: float) -> float:
@@ -214,27 +230,6 @@ def _distance(x: Tensor, y: Tensor) -> float:
     if difference == 0:
         return 0.0
     return difference / max(scale, 1e-30) if difference == difference else float("inf")
-
-
-def _suspect(name: str, layout: Layout) -> str:
-    """Which collective makes the gradient of a parameter whole under this layout."""
-    column = (".to_qkv.", ".gate_up.", ".up.")
-    row = (".to_out.", ".down.")
-    if layout.pp > 1 and name == "embedding.weight":
-        return "the sum over its copies on the first and the last stage, axis pp"
-    if layout.cp > 1 and layout.tp == 1:
-        return "the exchange of tokens for heads around attention, or gradient reduction, axis cp"
-    if layout.tp > 1 and any(part in name for part in column):
-        return "the sum of input gradients behind a column-parallel product, axis tp"
-    if layout.tp > 1 and any(part in name for part in row):
-        return "the sum of a row-parallel product's outputs, axis tp"
-    if layout.tp > 1 and ("embedding" in name or "head" in name):
-        return "the vocabulary cut of embedding and loss, axis tp"
-    if layout.tp > 1:
-        return "all-reduce of replicated parameters' gradients, axis tp"
-    if layout.pp > 1 and layout.dp in (None, 1):
-        return "what stages send each other, axis pp"
-    return "gradient reduction, axis dp"
 
 
 if __name__ == "__main__":
