@@ -55,6 +55,12 @@ class Device:
 
         return torch.device(self.kind, self.index) if self.kind == "cuda" else torch.device("cpu")
 
+    def capability(self) -> tuple[int, int] | None:
+        """Compute capability of the card; None on a CPU."""
+        import torch
+
+        return torch.cuda.get_device_capability(self.index) if self.kind == "cuda" else None
+
     @property
     def backend(self) -> str:
         """The torch.distributed backend of this device; gloo carries CPU tensors beside NCCL's."""

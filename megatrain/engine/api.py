@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from megatrain.base.device import Device
 from megatrain.base.registry import Registry
 from megatrain.engine.schedules import PipelinePlan, PipelineSchedule
 from megatrain.nn.batch import Batch
+from megatrain.nn.precision.fp8 import Fp8
+from megatrain.nn.precision.int8 import Int8
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.shard import Slice
 
@@ -29,6 +31,9 @@ class StepReport:
     """1 if the gradient was not finite and nothing was changed, else 0."""
 
 
+FP16 = "; fp16 has too small a range for gradients without loss scaling, which is not offered: bf16 needs none"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Precision:
     """In which number formats a run computes: the run file's `precision` section.
@@ -37,15 +42,44 @@ class Precision:
     always.
     """
 
-    compute: Literal["fp32", "bf16"] = "fp32"
-    """What matrix products take."""
-    parameters: Literal["fp32", "bf16"] = "fp32"
-    """How weights are kept between steps."""
+    compute: str = "fp32"
+    """What matrix products take: fp32 or bf16."""
+    parameters: str = "fp32"
+    """How weights are kept between steps: fp32 or bf16."""
+    stochastic_rounding: bool = False
+    """Keep no float32 masters of bf16 parameters: steps are added to the bf16 numbers and rounded by chance."""
+    fp8: Fp8 | None = None
+    """Linear layers whose products take FP8."""
+    int8: Int8 | None = None
+    """Linear layers whose products take INT8."""
 
     def problems(self) -> list[str]:
+        found = [
+            f"{name}={getattr(self, name)}: it must be fp32 or bf16{FP16 if getattr(self, name) == 'fp16' else ''}"
+            for name in ("compute", "parameters")
+            if getattr(self, name) not in ("fp32", "bf16")
+        ]
+        if found:
+            return found
         if self.parameters == "bf16" and self.compute == "fp32":
-            return ["parameters=bf16 cannot be computed with in fp32: set compute=bf16, or parameters=fp32"]
-        return []
+            found.append("parameters=bf16 cannot be computed with in fp32: set compute=bf16, or parameters=fp32")
+        if self.stochastic_rounding and self.parameters == "fp32":
+            found.append("stochastic_rounding is for parameters=bf16: fp32 ones lose nothing that it could keep")
+        if self.fp8 is not None and self.int8 is not None:
+            found.append("fp8 and int8 are both given: a layer's products take one of them, so leave one out")
+        if self.eight_bits is not None and self.compute != "bf16":
+            found.append("fp8 and int8 are compared with and fall back to bf16: set compute=bf16")
+        return found
+
+    @property
+    def eight_bits(self) -> Fp8 | Int8 | None:
+        """What some linear layers multiply by, if any."""
+        return self.int8 if self.fp8 is None else self.fp8
+
+    @property
+    def masters(self) -> bool:
+        """The optimiser works on float32 copies of the parameters."""
+        return self.parameters == "bf16" and not self.stochastic_rounding
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -133,6 +167,16 @@ class Parts:
     """With it the model is the `models.stages.Stages` of this rank."""
     all_names: tuple[str, ...] = ()
     """Of the parameters of the undivided model, where this rank has some of them only."""
+
+
+def no_masters(case: EngineCase, engine: str) -> list[str]:
+    """Why an engine that keeps masters of its own cannot do without."""
+    if not case.precision.stochastic_rounding:
+        return []
+    return [
+        f"precision.stochastic_rounding works without float32 masters, which {engine} always keeps: set "
+        "layout.engine=plain, or leave it out"
+    ]
 
 
 ENGINE: Registry[Any] = Registry("engine", "megatrain.engine.kinds")

@@ -83,6 +83,11 @@ class Optimizer:
         raise NotImplementedError
 
     @property
+    def moments(self) -> str:
+        """Their number format, for people."""
+        return "fp32"
+
+    @property
     def sees_whole(self) -> bool:
         return False
 

@@ -28,6 +28,8 @@ from megatrain.data.held_out import HeldOut
 from megatrain.data.ledger import Head, order_of
 from megatrain.data.manifest import HELD_OUT, TOKENIZER, TRAIN, Manifest
 from megatrain.data.slots import merged
+from megatrain.engine.dtypes import dtype_table, lines
+from megatrain.engine.guard import Guarded
 from megatrain.engine.layout import resolve_engine
 from megatrain.nn.batch import Batch
 from megatrain.parallel.mesh import Mesh
@@ -41,6 +43,7 @@ from megatrain.train.folder import RunFolder
 from megatrain.train.hook import Handle, Hook, Record
 from megatrain.train.hooks.console import Console
 from megatrain.train.hooks.evaluation import Evaluation
+from megatrain.train.hooks.guard import GuardLog
 from megatrain.train.hooks.ledger import Bookkeeping
 from megatrain.train.hooks.metrics import Metrics
 from megatrain.train.hooks.saving import Saving
@@ -174,6 +177,16 @@ class Session:
         """Of the undivided model."""
         return self.run.model.n_parameters(self.tokenizer.vocab_size)
 
+    @cached_property
+    def dtypes(self) -> dict[str, str]:
+        """Every number format of the run."""
+        return dtype_table(
+            self.run.precision,
+            engine=self.resolved.engine,
+            zero=self.resolved.zero,
+            moments=self.run.optimizer.moments,
+        )
+
     def facts(self) -> dict[str, Any]:
         """What does not change while the run goes on."""
         return {
@@ -186,6 +199,7 @@ class Session:
             "zero": self.resolved.zero,
             "device": self.device.name(),
             "compute": self.run.precision.compute,
+            "dtypes": self.dtypes,
             "total_steps": self.run.total_steps,
             "tokens_per_step": self.tokens_per_step,
             "revision": revision(),
@@ -257,6 +271,7 @@ class Session:
             Drift(run.train.drift_every, self.engine, self.exchange),
             Evaluation(run.train.eval_every, handle),
             *(choice.build(handle) for choice in run.hooks),
+            *([GuardLog(self.engine.guard, handle)] if isinstance(self.engine, Guarded) else []),
             Metrics(handle),
             Console(handle),
             Wandb(run.log.wandb.mode, run.log.wandb.project, handle),
@@ -321,6 +336,8 @@ class Session:
             throughput.peak,
             throughput.peak_source,
         )
+        for line in lines(self.dtypes):
+            log("  %s", line)
         if self.resumed_at:
             log("resumed at step %d of %d", self.resumed_at, self.run.total_steps)
 

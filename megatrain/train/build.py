@@ -6,14 +6,18 @@ from typing import Any, Self
 import torch
 
 from megatrain.base.device import Device
+from megatrain.base.errors import ConfigError
 from megatrain.data.feed import Feed
 from megatrain.data.manifest import Manifest, TokenizerEntry
 from megatrain.engine.api import ENGINE, Engine, Parts
+from megatrain.engine.guard import Guard, Guarded
 from megatrain.engine.layout import resolve_engine
 from megatrain.engine.schedules import PipelinePlan
 from megatrain.models.recompute import SELECTIVE, recompute
 from megatrain.models.stages import Stages, spans_of
 from megatrain.nn.batch import Batch
+from megatrain.nn.precision.quantised import Quantised
+from megatrain.nn.precision.select import quantise
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.shard import initialise
 from megatrain.parallel.tensor import TensorParallel
@@ -29,6 +33,7 @@ def build_engine(run: Run, tokenizer: TokenizerEntry, mesh: Mesh, device: Device
     with device.torch:  # a rank's own part only, where it will be: a host has no room for eight whole models
         model = build_model(run, plan, mesh, n_valid=tokenizer.vocab_size, seq_len=run.data.seq_len, tp=tp, cp=cp)
     initialise(model, run.seed)
+    products = _quantised(run, model, tp, device)
     inside = run.layout.recompute == SELECTIVE  # a part of the block, so the compiler must see it
     if inside:
         recompute(model.layers, run.layout.recompute)
@@ -47,7 +52,22 @@ def build_engine(run: Run, tokenizer: TokenizerEntry, mesh: Mesh, device: Device
         pipeline=plan,
         all_names=() if plan is None else all_names(run, tokenizer),
     )
-    return ENGINE[resolved.engine]().build(parts)
+    engine: Engine = ENGINE[resolved.engine]().build(parts)
+    eight_bits = run.precision.eight_bits
+    if eight_bits is None or not eight_bits.guard_every:
+        return engine
+    guard = Guard(products, eight_bits.guard_every, eight_bits.guard_limit, mesh.axis("world"), run.layout.micro_batch)
+    return Guarded(engine, guard, device.torch)
+
+
+def _quantised(run: Run, model: Any, tp: TensorParallel, device: Device) -> dict[str, Quantised]:
+    """Let layers of `model` multiply in eight bits where the run asks for it; their products by name."""
+    eight_bits = run.precision.eight_bits
+    if eight_bits is None:
+        return {}
+    if why_not := eight_bits.card_problem(device.capability()):
+        raise ConfigError(why_not)
+    return quantise(model, eight_bits, run.model.n_layers, tp.axis)
 
 
 def build_model(run: Run, plan: PipelinePlan | None, mesh: Mesh, **facts: Any) -> Any:

@@ -2,12 +2,16 @@
 
 from pathlib import Path
 
+import torch
+
 from megatrain.base.errors import ConfigError, DataError
 from megatrain.base.files import sha256_of
 from megatrain.data.manifest import Manifest, TokenizerEntry
 from megatrain.data.stream import Order, Stream
 from megatrain.engine.layout import layout_problems
 from megatrain.models.recompute import unmatched
+from megatrain.nn.precision.select import selection_problems
+from megatrain.parallel.tensor import TensorParallel
 from megatrain.train.config import Run
 
 
@@ -49,7 +53,20 @@ def problems_of(run: Run, world: int) -> list[str]:
     if not found:
         dp = run.layout.mesh(world).axis("dp").size
         found += run.data.all_problems(run.train.global_batch, dp)
+        found += precision_problems(run, world)
     return found
+
+
+def precision_problems(run: Run, world: int) -> list[str]:
+    """Why the chosen layers cannot multiply in eight bits, seen on one rank's part of a model without memory."""
+    eight_bits = run.precision.eight_bits
+    if eight_bits is None:
+        return []
+    tp = TensorParallel(run.layout.mesh(world).axis("tp"))
+    with torch.device("meta"):
+        model = run.model.build(n_valid=run.model.vocab_size or tp.size, seq_len=run.data.seq_len, tp=tp)
+    key = "precision.int8" if run.precision.fp8 is None else "precision.fp8"
+    return selection_problems(model, eight_bits, run.model.n_layers, key)
 
 
 def retention_problems(run: Run) -> list[str]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from megatrain.base.device import Device
 from megatrain.base.errors import ConfigError
-from megatrain.engine.api import ENGINE, Engine, EngineCase, Parts, StepReport
+from megatrain.engine.api import ENGINE, Engine, EngineCase, Parts, StepReport, no_masters
 from megatrain.engine.gradients import Gradients, gradients_by_name, gradients_of, sum_partial
 from megatrain.engine.groups import connected
 from megatrain.engine.kinds.plain import PlainEngine
@@ -53,7 +53,7 @@ class DeepSpeed:
     """Stage 3 keeps parameters of fewer elements whole on every rank: gathering them would cost more than it saves."""
 
     def unsupported_reasons(self, case: EngineCase) -> list[str]:
-        reasons = []
+        reasons = no_masters(case, "DeepSpeed") if case.zero else []
         if case.zero == 3 and case.tied_copies:
             reasons.append(
                 f"layout.zero=3 with layout.pp={case.pp} and tied embeddings: DeepSpeed takes the gradients of the two "

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megatrain.base.errors import ConfigError
-from megatrain.engine.api import ENGINE, Engine, EngineCase, Parts, StepReport
+from megatrain.engine.api import ENGINE, Engine, EngineCase, Parts, StepReport, no_masters
 from megatrain.engine.gradients import sum_partial
 from megatrain.engine.groups import connected
 from megatrain.engine.passes import mean, summed
@@ -44,7 +44,7 @@ class Fsdp2:
                 f"the fsdp2 engine shards gradients and parameters always, so layout.zero={case.zero} is not for it: "
                 "set 2 or 3, or set layout.engine=deepspeed"
             ]
-        reasons = []
+        reasons = no_masters(case, "fully_shard")
         if case.pp > 1 and case.zero == 3:
             reasons.append(
                 f"layout.zero=3 with layout.pp={case.pp}: under the fsdp2 engine a pipeline stage keeps its gathered "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megatrain.base.errors import ConfigError
 from megatrain.engine.accumulating import plain_passes
-from megatrain.engine.api import ENGINE, Engine, EngineCase, Parts, StepReport
+from megatrain.engine.api import ENGINE, Engine, EngineCase, Parts, Precision, StepReport
 from megatrain.engine.gradients import Gradients, gradients_by_name, gradients_of, sum_partial
 from megatrain.engine.passes import mean, summed
 from megatrain.nn.batch import Batch
@@ -48,7 +48,7 @@ class PlainEngine:
         self.named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if problems := parts.optimizer.unmatched(parts.all_names or self.named):
             raise ConfigError(problems)
-        self.masters = masters_of(self.model, self.named, parts.precision.parameters)
+        self.masters = masters_of(self.model, self.named, parts.precision)
         self.partial = [p for name, p in self.named.items() if self.shards[name].partial]
         self.gradients = self._gradients()
         self.passes = plain_passes(parts)
@@ -92,7 +92,7 @@ class PlainEngine:
 
     def _publish(self) -> None:
         """Make the model compute with the masters' values."""
-        if self.parts.precision.parameters == "bf16":
+        if self.parts.precision.masters:
             torch._foreach_copy_([p.data for p in self.named.values()], list(self.masters.values()))
             for master in self.masters.values():
                 master.grad = None  # it is the parameter's
@@ -125,11 +125,12 @@ class PlainEngine:
         self.gradients.clear()
 
 
-def masters_of(model: nn.Module, named: dict[str, nn.Parameter], parameters: str) -> dict[str, Tensor]:
+def masters_of(model: nn.Module, named: dict[str, nn.Parameter], precision: Precision) -> dict[str, Tensor]:
     """What the optimiser updates: the parameters, or float32 copies of them, made before they are rounded to bf16."""
-    if parameters == "fp32":
-        return dict(named)
-    masters = {name: p.detach().to(torch.float32, copy=True) for name, p in named.items()}
-    for p in model.parameters():
-        p.data = p.data.to(torch.bfloat16)
+    masters: dict[str, Tensor] = dict(named)
+    if precision.masters:
+        masters = {name: p.detach().to(torch.float32, copy=True) for name, p in named.items()}
+    if precision.parameters == "bf16":
+        for p in model.parameters():
+            p.data = p.data.to(torch.bfloat16)
     return masters

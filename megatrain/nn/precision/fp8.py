@@ -33,6 +33,15 @@ class Fp8(Selection):
     weight_gradient: Literal["low", "high"] = "high"
     """high leaves the products that make weight gradients in the format of the run."""
 
+    def card_problem(self, capability: tuple[int, int] | None) -> str:
+        """Why a card of this compute capability cannot do it; empty where it can, and on a CPU, which emulates it."""
+        if capability is None or capability >= (8, 9):
+            return ""
+        return (
+            f"precision.fp8 needs a card with FP8 units (compute capability 8.9: L40S, H100 or newer) and this one has "
+            f"{capability[0]}.{capability[1]}: leave precision.fp8 out to train in bf16, or use precision.int8"
+        )
+
     def format(self, what: str) -> torch.dtype:
         if what != GRADIENT:
             return FORMATS["e4m3"]

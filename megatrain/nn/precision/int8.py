@@ -28,6 +28,15 @@ class Int8(Selection):
     """Round output gradients up or down by chance, so that their mean is exact. The chance is a hash of the element's
     place and of its row's scale: no state, and other bits in every step."""
 
+    def card_problem(self, capability: tuple[int, int] | None) -> str:
+        """Why a card of this compute capability cannot do it; empty where it can, and on a CPU, which emulates it."""
+        if capability is None or capability >= (7, 5):
+            return ""
+        return (
+            f"precision.int8 needs a card with INT8 units (compute capability 7.5 or newer) and this one has "
+            f"{capability[0]}.{capability[1]}: leave precision.int8 out"
+        )
+
     def round(self, x: Tensor, what: str, axis: Axis) -> Rounded:
         x = x.float()
         scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / END

@@ -37,6 +37,10 @@ class AdamW8bit(AdamW):
             found.append(f"kind=adamw_8bit needs torchao ({ao.why_not}): install megatrain[precision], or use adamw")
         return found
 
+    @property
+    def moments(self) -> str:
+        return f"8 bits (fp32 below {SMALLEST} elements)"
+
     def start(self, p: Tensor) -> State:
         state = super().start(p)
         if p.numel() >= SMALLEST:
