@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from megatrain.base.errors import DataError
-from megatrain.base.log import warn
 from megatrain.data.store import redacted
 
 VERSION = 1
@@ -94,14 +93,10 @@ class Ledger:
     def refuse_other(self, known: Head) -> None:
         """Raise unless this is the ledger that `known` was taken of, with lines added at most.
 
-        One that is not there at all is begun anew, and that is said: a run may go on elsewhere.
-
         Raises:
             DataError: lines are missing, or are others.
         """
-        if not self.lines:
-            warn("%s is not here; it begins anew, and says nothing of the steps before", self.path)
-        elif known.lines > len(self.lines) or self._chains[known.lines] != known.chain:
+        if known.lines > len(self.lines) or self._chains[known.lines] != known.chain:
             raise DataError(
                 f"{self.path} is not the ledger that the checkpoint knows (it had {known.lines} lines and this one has "
                 f"{len(self.lines)}, or others): restore the file, or move it away to start a new ledger"

@@ -25,7 +25,7 @@ from megatrain.cluster.start import connected, lost_peer
 from megatrain.config.build import plain
 from megatrain.data.feed import held_out
 from megatrain.data.held_out import HeldOut
-from megatrain.data.ledger import Head, order_of
+from megatrain.data.ledger import order_of
 from megatrain.data.manifest import HELD_OUT, TOKENIZER, TRAIN, Manifest
 from megatrain.data.slots import merged
 from megatrain.engine.dtypes import dtype_table, lines
@@ -48,7 +48,7 @@ from megatrain.train.hooks.ledger import Bookkeeping
 from megatrain.train.hooks.metrics import Metrics
 from megatrain.train.hooks.saving import Saving
 from megatrain.train.hooks.wandb import Wandb
-from megatrain.train.resume import commit_to_resume, finished, lineage, refuse_other_tokenizer
+from megatrain.train.resume import commit_to_resume, finished, lineage, refuse_other_ledger, refuse_other_tokenizer
 from megatrain.train.stop import StopRequest, StopVote
 from megatrain.train.throughput import Throughput
 from megatrain.train.trainer import State, Trainer
@@ -105,7 +105,8 @@ class Session:
         self.stack.push(self._close_checkpoints)
         commit = commit_to_resume(run, self.checkpoints)
         self.lineage = lineage(run, commit)
-        self.known_ledger = None if commit is None else Head.of(commit.manifest.facts.get("ledger"))
+        if commit is not None:
+            refuse_other_ledger(commit, self.folder.path)
         self.resolved = resolve_engine(run.layout, self.mesh.size)
         self.engine = build_engine(run, self.tokenizer, self.mesh, self.device)
         self.stack.callback(self.engine.close)
@@ -282,7 +283,7 @@ class Session:
     def _bookkeeping(self, every: int, handle: Handle) -> Bookkeeping:
         run, fingerprints = self.run, [manifest.fingerprint for manifest in self.manifests]
         order = order_of(plain(run.data), run.seed, run.train.global_batch, fingerprints)
-        self.bookkeeping = Bookkeeping(every, handle, order, self.cursors, self.known_ledger)
+        self.bookkeeping = Bookkeeping(every, handle, order, self.cursors)
         return self.bookkeeping
 
     def cursors(self) -> Any:

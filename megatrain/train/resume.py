@@ -1,14 +1,16 @@
 """Starting anew, going on, or refusing: what a run does about what its folder already holds."""
 
+from pathlib import Path
 from typing import Any
 
 from megatrain.base.errors import CheckpointError, ConfigError
-from megatrain.base.log import log
+from megatrain.base.log import log, warn
 from megatrain.checkpoint.checkpoints import Checkpoints
 from megatrain.checkpoint.keys import acknowledged, changed_keys
 from megatrain.checkpoint.read import Commit
 from megatrain.config.build import build, flat, plain
 from megatrain.config.source import from_plain
+from megatrain.data.ledger import FILE, Head, Ledger
 from megatrain.data.store import redacted
 from megatrain.train.config import Run
 from megatrain.train.folder import RunFolder
@@ -100,6 +102,23 @@ def _filled(former: dict[str, Any]) -> dict[str, Any]:
         return plain(build(Run, from_plain(former, "the saved run"))[0])
     except ConfigError:
         return former
+
+
+def refuse_other_ledger(commit: Commit, folder: Path) -> None:
+    """Raise unless the ledger in `folder` is the one that `commit` remembers, with lines added at most.
+
+    One that is not there is begun anew, and that is said: a run may go on elsewhere.
+
+    Raises:
+        DataError: lines are missing, or are others.
+    """
+    known, ledger = Head.of(commit.manifest.facts.get("ledger")), Ledger(folder / FILE)
+    if known is None:
+        return
+    if ledger.lines:
+        ledger.refuse_other(known)
+    else:
+        warn("%s is not here: it begins anew, and says nothing of the steps before", ledger.path)
 
 
 def _show(value: Any) -> str:

@@ -14,18 +14,13 @@ class Bookkeeping(Periodic):
     """
 
     def __init__(
-        self, every: int, handle: Handle, order: dict[str, Any], cursors: Callable[[], Any], known: Head | None = None
-    ):
+        self, every: int, handle: Handle, order: dict[str, Any], cursors: Callable[[], Any]):
         """Opens the ledger in the run's folder.
 
         Args:
             order: what decides the batches, from `order_of`.
             cursors: gives where the feed stands after the step that is `due`, or after the last one of all. Every rank
                 calls it.
-            known: what the checkpoint that the run goes on from knows of the ledger.
-
-        Raises:
-            DataError: the ledger was changed since, or is cut.
         """
         super().__init__(every, handle)
         self.cursors = cursors
@@ -35,8 +30,6 @@ class Bookkeeping(Periodic):
         start = cursors()
         if handle.rank == 0:
             self.ledger = Ledger(handle.folder / FILE)
-            if known is not None:
-                self.ledger.refuse_other(known)
             self.ledger.start(self.step, start, order)
 
     @property
