@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatrain.base.device import Device
+from megatrain.base.errors import ConfigError
 from megatrain.engine.api import ENGINE, Engine, Parts, Precision
 from megatrain.engine.layout import Layout
 from megatrain.engine.schedules import SCHEDULES
@@ -19,6 +20,7 @@ from megatrain.models.decoder import Decoder
 from megatrain.models.recompute import recompute
 from megatrain.models.stages import Stages, spans_of
 from megatrain.nn.batch import Batch
+from megatrain.optim.optimizer import Group
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.shard import initialise
 from megatrain.parallel.tensor import TensorParallel
@@ -58,6 +60,7 @@ class Case:
     stages: tuple[int, ...] | None = None
     virtual: int | None = None
     parameters: str = "fp32"
+    optimizer: Any = OPTIMIZER
 
     @property
     def ranks(self) -> int:
@@ -104,7 +107,10 @@ class Case:
         if self.compiled:
             model.compile_blocks(self.compiled)
         precision = Precision(compute="bf16" if self.parameters == "bf16" else "fp32", parameters=self.parameters)
-        parts = Parts(model, OPTIMIZER, mesh, Device("cpu"), precision, self.micro_batch, self.zero, plan)
+        names = tuple(name for name, _ in choice.build(n_valid=VOCABULARY, seq_len=SEQ_LEN).named_parameters())
+        parts = Parts(
+            model, self.optimizer, mesh, Device("cpu"), precision, self.micro_batch, self.zero, plan, all_names=names
+        )
         return ENGINE[self.engine]().build(parts)
 
 
@@ -251,3 +257,68 @@ def test_zero_bubble_with_compiled_blocks_equals_one_process_without_a_graph_bre
     told = run(tell_compiled, case.ranks, case, str(tmp_path), timeout=1800)
     assert [breaks for _, breaks in told] == [0] * case.ranks
     assert_equal(case, [story for story, _ in told])
+
+
+def poison() -> tuple[Any, bool, bool]:
+    """A gradient that is not finite on the last stage: which ranks skip, and whether anything changed."""
+    case = Case("zbv")
+    mesh = case.mesh()
+    engine: Any = case.engine_of(mesh)
+    engine.step(case.rows(batch_of(0), mesh), LR)
+    if mesh.rank == 1:  # a stage in the middle of the V
+        block = next(iter(engine.model.layers.values()))
+        block.feed_forward_norm.weight.register_hook(lambda g: g * torch.nan)
+    before = pieces_of(engine)
+    report = engine.step(case.rows(batch_of(1), mesh), LR)
+    same = all(torch.equal(a, b) for (_, a), (_, b) in zip(before, pieces_of(engine), strict=True))
+    return floats(report), same, len(before) > 10
+
+
+def test_a_gradient_that_is_not_finite_on_one_stage_is_skipped_on_all() -> None:
+    for report, same, holds_something in run(poison, 2):
+        assert report[3] == 1
+        assert same
+        assert holds_something
+
+
+def first_losses(cases: list[Case]) -> list[list[float]]:
+    found = []
+    for case in cases:
+        mesh = case.mesh()
+        engine = case.engine_of(mesh)
+        found.append([floats(engine.step(case.rows(batch_of(k), mesh), LR))[0] for k in range(STEPS)])
+        engine.close()
+    return found
+
+
+def test_bf16_stages_follow_one_process_in_bf16() -> None:
+    cases = [
+        Case("zbv", parameters="bf16"),
+        Case("interleaved_zero_bubble", "fsdp2", 2, parameters="bf16"),
+        Case("1f1b", "fsdp2", 2, parameters="bf16", tied=False),
+        Case("dualpipev", "deepspeed", 2, parameters="bf16"),
+    ]
+    told = run(first_losses, 2, cases)
+    for of_rank in told:
+        for case, losses in zip(cases, of_rank, strict=True):
+            [expected] = first_losses([dataclasses.replace(ONE, tied=case.tied, parameters="bf16")])
+            assert losses == pytest.approx(expected, rel=5e-3), case
+
+
+def build_with_groups() -> list[str]:
+    """Patterns of parameters that only one rank of the pipeline holds, and one that none does."""
+    words = []
+    for pattern in ("layers.0.*", "layers.4.*", "layers.5.*"):
+        case = Case("1f1b", optimizer=dataclasses.replace(OPTIMIZER, groups=(Group(match=pattern, lr_scale=0.5),)))
+        try:
+            case.engine_of(case.mesh())
+            words.append("")
+        except ConfigError as error:
+            words.append(str(error))
+    return words
+
+
+def test_a_pattern_need_only_match_a_parameter_of_some_stage() -> None:
+    for first, last, none in run(build_with_groups, 2):
+        assert (first, last) == ("", "")
+        assert "layers.5.*" in none
