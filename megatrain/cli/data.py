@@ -83,18 +83,52 @@ def build_command(**options: Any) -> None:
         click.echo(f"the text has no more tokens in it, so the vocabulary is smaller than {options['vocab_size']:,}")
 
 
-def _report(built: Any, out: Path) -> None:
-    from megatrain.base.units import show_bytes, show_count
+@command.command(
+    "index",
+    short_help="Train on raw text where it lies: tars and JSON lines.",
+    help="""Make a folder of raw text a data set where it lies. Webdataset's tars (.txt, or the text of .json) and JSON
+    lines are indexed, not copied, and become tokens as they are read in training. Held-out documents are kept as token
+    shards beside them.
 
-    manifest = built.manifest
+    \b
+    Example:
+      megatrain data index corpus/ --tokenizer data/mine/tokenizer.json
+    """,
+)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--tokenizer", required=True, type=click.Path(path_type=Path), help="A tokenizer.json.")
+@click.option("--end-of-document", help="The tokenizer's token that ends a document, if it has an unusual name.")
+@click.option("--text-field", default="text", show_default=True, help="Key of the text in JSON.")
+@click.option("--held-out", default=0.01, show_default=True, help="Share of the documents never trained on.")
+@click.option("--workers", type=int, help="Processes; the result is the same for any.  [default: cores]")
+def index_command(**options: Any) -> None:
+    from megatrain.cli.common import Bar
+    from megatrain.data.sources import find_sources
+    from megatrain.data.text_index import FILES, IndexOptions, index
+
+    options["workers"] = options["workers"] or len(os.sched_getaffinity(0))
+    with Bar() as bar:
+        bar.stage("indexing", sum(source.size for source in find_sources([options["folder"]], include=FILES)))
+        manifest = index(IndexOptions(**options), lambda size: bar.advance(size, 0))
+    _report_manifest(manifest)
+
+
+def _report(built: Any, out: Path) -> None:
     if built.existed:
         click.echo(f"{out} exists: the same input and options built it")
     elif built.resumed_shards:
         click.echo(f"went on after {built.resumed_shards} shards of an earlier build")
+    _report_manifest(built.manifest)
+
+
+def _report_manifest(manifest: Any) -> None:
+    from megatrain.base.units import show_bytes, show_count
+
     for name, split in manifest.splits.items():
         per_token = f", {split.text_bytes / split.tokens:.2f} bytes per token" if split.tokens else ""
+        tokens = "raw text" if split.is_text else f"{show_count(split.tokens)} tokens"
         click.echo(
-            f"{name}: {split.documents:,} documents, {show_count(split.tokens)} tokens in {len(split.shards)} shards, "
+            f"{name}: {split.documents:,} documents, {tokens} in {len(split.shards)} shards, "
             f"{show_bytes(split.text_bytes)} of text{per_token}"
         )
     click.echo(f"vocabulary: {manifest.tokenizer.vocab_size:,}, ids are {manifest.dtype}")
@@ -146,21 +180,23 @@ def clean_command(**options: Any) -> None:
 @command.command(
     "inspect",
     short_help="Counts, lengths, frequent tokens, examples.",
-    help="""Show what is in a data set: counts, lengths, frequent tokens, the beginnings of some documents.
+    help="""Show what is in a data set: counts, lengths, frequent tokens, the beginnings of some documents. DATA is its
+    folder or its address (https://, s3://).
 
     \b
     Example:
       megatrain data inspect data/python
+      megatrain data inspect s3://bucket/python
     """,
 )
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("data")
 @click.option("--examples", default=3, show_default=True, help="Documents to show of each split.")
 @click.option("--frequent", default=20, show_default=True, help="Tokens to show of the most frequent ones.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON value.")
-def inspect_command(folder: Path, examples: int, frequent: int, as_json: bool) -> None:
+def inspect_command(data: str, examples: int, frequent: int, as_json: bool) -> None:
     from megatrain.data.summary import drawn, summarize
 
-    facts = summarize(folder, examples, frequent)
+    facts = summarize(data, examples, frequent)
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False))
         return
@@ -172,22 +208,24 @@ def inspect_command(folder: Path, examples: int, frequent: int, as_json: bool) -
     "verify",
     short_help="Check every byte against the manifest.",
     help="""Check every byte of a data set against its manifest: checksums, sizes, the index against the tar, each
-    document. Exits with 1 and the names of the bad files if anything is wrong.
+    document. Exits with 1 and the names of the bad files if anything is wrong. DATA is its folder or its address
+    (https://, s3://), which is copied to the cache.
 
     \b
     Example:
       megatrain data verify data/python
     """,
 )
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("data")
 @click.option("--workers", default=1, show_default=True, help="Processes that read shards.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON value.")
-def verify_command(folder: Path, workers: int, as_json: bool) -> None:
+def verify_command(data: str, workers: int, as_json: bool) -> None:
     from megatrain.base.errors import EXIT_FAILURE
+    from megatrain.data.store import redacted
     from megatrain.data.verification import verify
 
     files, faults = 0, []
-    for _, found in verify(folder, workers):
+    for _, found in verify(data, workers):
         files += 1
         faults += found
         for fault in () if as_json else found:
@@ -197,7 +235,7 @@ def verify_command(folder: Path, workers: int, as_json: bool) -> None:
         rows = [{"path": fault.path, "what": fault.what} for fault in faults]
         click.echo(json.dumps({"ok": not faults, "bad": bad, "faults": rows}))
     elif not faults:
-        click.echo(f"{folder} is whole: {files} files are as the manifest says")
+        click.echo(f"{redacted(data)} is whole: {files} files are as the manifest says")
     if faults:
         raise click.exceptions.Exit(EXIT_FAILURE)
 

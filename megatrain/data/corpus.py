@@ -15,7 +15,7 @@ import json
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,6 +135,18 @@ class ShuffledShard:
         return int(self.shard.ids[start + self.shift[first] - 1])
 
 
+@dataclass(frozen=True)
+class Access:
+    """What is needed to read a data set beside its address."""
+
+    cache: Cache = field(default_factory=Cache)
+    allow_pipe: bool = False
+
+    def store(self, address: str) -> Store | None:
+        """Who reads it; None for a folder of this machine."""
+        return Hedged(open_store(address, self.allow_pipe)) if is_remote(address) else None
+
+
 class Corpus:
     """One split of a data set, in the order that a seed gives it."""
 
@@ -149,7 +161,7 @@ class Corpus:
     ):
         """Opens the manifest, which is read unless it is given, and no shard."""
         self.name, self.seed = redacted(address), seed
-        store = Hedged(open_store(address, allow_pipe)) if is_remote(address) else None
+        store = Access(cache or Cache(), allow_pipe).store(address)
         self.manifest = manifest or read_manifest(address, store)
         self._store, self._address = store, address
         self.fingerprint = self.manifest.fingerprint

@@ -51,7 +51,7 @@ class RemoteShard(Shard):
         return np.frombuffer(mmap.mmap(-1, self.entry.bytes), dtype=self.dtype)  # pages that nobody wrote take no room
 
     @cached_property
-    def _sound_index(self) -> Path:
+    def sound_index(self) -> Path:
         entry = self.entry
         if found := self.cache.find(entry.index_sha256):
             return found

@@ -218,7 +218,7 @@ class Shard:
         return self.column("length")
 
     @cached_property
-    def _sound_index(self) -> Path:
+    def sound_index(self) -> Path:
         """The index, once its bytes are known to be those that the manifest promises."""
         try:
             found = sha256_of(self.index)
@@ -239,7 +239,7 @@ class Shard:
         Where documents are raw text, `length` is in bytes, and `is_json` is 1 for those that are JSON objects.
         """
         try:
-            with safe_open(self._sound_index, framework="numpy") as file:
+            with safe_open(self.sound_index, framework="numpy") as file:
                 return file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise DataError(
@@ -253,6 +253,16 @@ class Shard:
     def document_id(self, number: int) -> str:
         text, ends = self._id_columns
         return text[ends[number - 1] if number else 0 : ends[number]].decode()
+
+    def number_of(self, document: str) -> int | None:
+        """The number of the document of that id; None if it is not in this shard."""
+        text, ends = self._id_columns
+        wanted, at = document.encode(), -1
+        while (at := text.find(wanted, at + 1)) >= 0:
+            number = int(ends.searchsorted(at, side="right"))
+            if number < len(ends) and ends[number] == at + len(wanted) and at == (ends[number - 1] if number else 0):
+                return number
+        return None
 
     def tokens(self, number: int) -> Tokens:
         """The ids of a document [length], a view of the mapped file."""

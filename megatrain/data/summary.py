@@ -1,42 +1,47 @@
 """What is in a data set, for people and for scripts: counts, lengths, frequent tokens, a few documents."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatrain.base.errors import DataError
 from megatrain.base.units import show_bytes, show_count
-from megatrain.data.manifest import Manifest, Split
-from megatrain.data.shards import Shard
+from megatrain.data.corpus import Access, Corpus, read_manifest
+from megatrain.data.manifest import TEXT, Split
+from megatrain.data.shards import Shard, Tokens
+from megatrain.data.text import TextReader
 from megatrain.data.tokenizer import Tokenizer
 
 _SAMPLE_TOKENS = 2**24  # tokens that are counted for the table of frequent ones
+_SAMPLE_DOCUMENTS = 200
 _EXAMPLE_TOKENS = 80
 
 
-def summarize(folder: Path, examples: int = 3, frequent: int = 20) -> dict[str, Any]:
-    """The facts of a data set as JSON values.
+def summarize(address: str, examples: int = 3, frequent: int = 20, access: Access | None = None) -> dict[str, Any]:
+    """The facts of a data set as JSON values. Lengths are in tokens, of raw text in bytes.
 
     Args:
-        folder: of the data set.
+        address: of the data set: a folder, or where it is remote.
         examples: documents to show of each split, from all over it.
         frequent: rows of the table of most frequent tokens, which is counted over a sample of the documents.
 
     Raises:
         DataError: there is no data set, or a file of it is missing.
     """
-    manifest = Manifest.read(folder)
-    tokenizer = Tokenizer.open(folder / manifest.tokenizer.file, manifest.tokenizer.end_of_document)
-    splits = {}
+    access = access or Access()
+    manifest = read_manifest(address, access.store(address))
+    splits = {name: _counts(split) for name, split in manifest.splits.items()}
     for name, split in manifest.splits.items():
-        shards = [Shard.of(folder, entry, manifest.dtype) for entry in split.shards]
-        splits[name] = {
-            **_counts(split),
-            "length": _lengths(shards),
-            "frequent": _frequent(shards, tokenizer, frequent),
-            "examples": _examples(shards, tokenizer, examples),
+        if not split.documents:
+            continue
+        corpus = Corpus(address, name, 0, access.cache, access.allow_pipe, manifest)
+        reader = _Reader(corpus)
+        splits[name] |= {
+            "length": _lengths(corpus.shards),
+            "frequent": reader.frequent(frequent),
+            "examples": reader.examples(examples),
         }
     return {
         "name": manifest.name,
@@ -54,13 +59,15 @@ def drawn(facts: dict[str, Any]) -> Iterator[str]:
     yield f"tokenizer {facts['tokenizer'][:16]}"
     for name, split in facts["splits"].items():
         yield ""
-        counts = f"{split['documents']:,} documents, {show_count(split['tokens'])} tokens, {split['shards']} shards"
-        yield f"{name}: {counts}"
+        is_text = split["form"] == TEXT
+        tokens = "raw text" if is_text else f"{show_count(split['tokens'])} tokens"
+        yield f"{name}: {split['documents']:,} documents, {tokens}, {split['shards']} shards"
         if not split["documents"]:
             continue
         length = split["length"]
-        yield f"  {show_bytes(split['text_bytes'])} of text, {split['bytes_per_token']:.3f} bytes per token"
-        yield "  tokens of a document: " + ", ".join(
+        ratio = "" if is_text else f", {split['bytes_per_token']:.3f} bytes per token"
+        yield f"  {show_bytes(split['text_bytes'])} of text{ratio}"
+        yield f"  {'bytes' if is_text else 'tokens'} of a document: " + ", ".join(
             f"{key} {length[key]:,.0f}" for key in ("min", "p10", "median", "mean", "p90", "max")
         )
         most = max(row["documents"] for row in length["histogram"])
@@ -76,6 +83,7 @@ def drawn(facts: dict[str, Any]) -> Iterator[str]:
 
 def _counts(split: Split) -> dict[str, Any]:
     return {
+        "form": split.form,
         "documents": split.documents,
         "tokens": split.tokens,
         "text_bytes": split.text_bytes,
@@ -85,7 +93,7 @@ def _counts(split: Split) -> dict[str, Any]:
 
 
 def _lengths(shards: list[Shard]) -> dict[str, Any]:
-    """Of documents in tokens: quantiles, and how many lie in each [2**i, 2**(i + 1))."""
+    """Of documents: quantiles, and how many lie in each [2**i, 2**(i + 1))."""
     if not shards:
         return {}
     lengths = np.concatenate([shard.length for shard in shards])
@@ -102,29 +110,52 @@ def _lengths(shards: list[Shard]) -> dict[str, Any]:
     }
 
 
-def _frequent(shards: list[Shard], tokenizer: Tokenizer, rows: int) -> list[dict[str, Any]]:
-    """The most frequent tokens, with their share of all tokens counted."""
-    counts: NDArray[np.int64] = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    tokens = sum(shard.entry.tokens for shard in shards)
-    stride = max(1, round(tokens / _SAMPLE_TOKENS))
-    for shard in shards:
-        for number in range(0, shard.entry.documents, stride):
-            found = np.bincount(shard.tokens(number), minlength=len(counts))
+class _Reader:
+    """Documents of a corpus as token ids, whatever form they have and wherever they are."""
+
+    def __init__(self, corpus: Corpus):
+        self.corpus, self.text = corpus, TextReader.of(corpus, 1) if corpus.split.is_text else None
+        entry, content = corpus.manifest.tokenizer, corpus.tokenizer_file()
+        if content is None:
+            raise DataError(f"{corpus.name}/{entry.file} is missing: bring it back, or build the data set again")
+        self.tokenizer = Tokenizer.parse(content, f"{corpus.name}/{entry.file}", entry.end_of_document)
+
+    def tokens(self, shard: Shard, number: int) -> Tokens:
+        """The ids of a document, its end included; what is damaged is for `verify` to name."""
+        shard.damaged(number)  # which brings a remote one here
+        if self.text is None:
+            return shard.tokens(number)
+        return self.tokenizer.encode_documents([self.text.text(shard, number)])[0]
+
+    def frequent(self, rows: int) -> list[dict[str, Any]]:
+        """The most frequent tokens, with their share of all tokens counted."""
+        counts: NDArray[np.int64] = np.zeros(self.tokenizer.vocab_size, dtype=np.int64)
+        for shard, number in self._sample():
+            found = np.bincount(self.tokens(shard, number), minlength=len(counts))
             counts += found[: len(counts)]  # an id beyond the vocabulary is for `verify` to name
-    total = max(1, int(counts.sum()))
-    best = [i for i in np.argsort(-counts, kind="stable")[:rows].tolist() if counts[i]]
-    return [{"id": i, "token": tokenizer.name_of(i), "share": int(counts[i]) / total} for i in best]
+        total = max(1, int(counts.sum()))
+        best = [i for i in np.argsort(-counts, kind="stable")[:rows].tolist() if counts[i]]
+        return [{"id": i, "token": self.tokenizer.name_of(i), "share": int(counts[i]) / total} for i in best]
 
+    def _sample(self) -> Iterator[tuple[Shard, int]]:
+        """Documents from all over: few where each has to be fetched or encoded."""
+        split = self.corpus.split
+        if self.text is None and all(type(shard) is Shard for shard in self.corpus.shards):
+            stride = max(1, round(split.tokens / _SAMPLE_TOKENS))
+        else:
+            stride = max(1, split.documents // _SAMPLE_DOCUMENTS)
+        for shard in self.corpus.shards:
+            yield from ((shard, number) for number in range(0, shard.entry.documents, stride))
 
-def _examples(shards: list[Shard], tokenizer: Tokenizer, n: int) -> list[dict[str, Any]]:
-    """The beginnings of documents, equally far from each other."""
-    numbered = [(shard, number) for shard in shards for number in _spread(shard.entry.documents, n)]
-    found = []
-    for shard, number in (numbered[i] for i in _spread(len(numbered), n)):
-        tokens = shard.tokens(number)
-        text = tokenizer.decode(tokens[:_EXAMPLE_TOKENS])
-        found.append({"id": shard.document_id(number), "tokens": len(tokens), "begins": text.rstrip("\ufffd")})
-    return found
+    def examples(self, n: int) -> list[dict[str, Any]]:
+        """The beginnings of documents, equally far from each other."""
+        numbered = [(s, number) for s in self.corpus.shards for number in _spread(s.entry.documents, n)]
+        found = []
+        for shard, number in (numbered[i] for i in _spread(len(numbered), n)):
+            tokens = self.tokens(shard, number)
+            begins = self.tokenizer.decode(tokens[:_EXAMPLE_TOKENS]).rstrip("\ufffd")
+            found.append({"id": shard.document_id(number), "tokens": len(tokens), "begins": begins})
+        return found
 
 
 def _spread(length: int, n: int) -> list[int]:

@@ -42,6 +42,8 @@ from megatrain.data.tokenizer import Tokenizer
 
 PLACE = ".megatrain"
 """Folder beside the files for what is made of them."""
+FILES = ("*.tar", "*.jsonl", "*.ndjson")
+"""What is indexed of a folder."""
 _SHARD_TOKENS = 2**26
 
 
@@ -104,7 +106,7 @@ def index(options: IndexOptions, watch: Callable[[int], None] = lambda size: Non
     folder = options.folder
     _refuse_token_shards(folder)
     tokenizer = Tokenizer.open(options.tokenizer, options.end_of_document)
-    sources = find_sources([folder], include=("*.tar", "*.jsonl", "*.ndjson"))
+    sources = find_sources([folder], include=FILES)
     content = options.tokenizer.read_bytes()
     with written_whole(folder / TOKENIZER, "wb") as file:
         file.write(content)

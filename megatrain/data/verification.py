@@ -5,6 +5,7 @@ files with plain names. So a shard from elsewhere that carries a link, a device,
 petabyte is named, and that is all that happens to it.
 """
 
+import hashlib
 import re
 import zlib
 from collections.abc import Iterator
@@ -16,9 +17,12 @@ from numpy.typing import NDArray
 
 from megatrain.base.errors import DataError
 from megatrain.base.files import sha256_of
+from megatrain.data.corpus import Access, read_manifest
 from megatrain.data.encoding import ordered_map
-from megatrain.data.manifest import MANIFEST, Manifest, ShardEntry
+from megatrain.data.manifest import MANIFEST, Manifest, ShardEntry, Split, check_paths
+from megatrain.data.remote import RemoteShard
 from megatrain.data.shards import Shard
+from megatrain.data.store import Store, is_remote, read_whole
 from megatrain.data.tokenizer import Tokenizer
 
 _BLOCK = 512
@@ -36,7 +40,7 @@ _KINDS = {  # the type byte of a tar header, POSIX.1-2001 (pax) section "ustar I
     b"S": "a sparse file",
 }
 _MEMBER = re.compile(rb"(\d{9})\.(tokens|json)")
-_PATH = re.compile(r"[A-Za-z0-9_]+/shard-\d{6}\.(tar|index)")
+_PATH = re.compile(r"(\.megatrain/)?[A-Za-z0-9_]+/shard-\d{6}\.(tar|index)")
 
 
 @dataclass(frozen=True)
@@ -48,45 +52,69 @@ class Fault:
     what: str
 
 
-def verify(folder: Path, workers: int = 1) -> Iterator[tuple[str, list[Fault]]]:
+def verify(address: str, workers: int = 1, access: Access | None = None) -> Iterator[tuple[str, list[Fault]]]:
     """Check a data set: (the file looked at, what is wrong with it), for the manifest, the tokenizer and each shard.
 
+    What is remote is copied to the cache, whose copies are checked.
+
     Raises:
-        DataError: `folder` holds no data set at all.
+        DataError: there is no data set at all at `address`.
     """
-    if not (folder / MANIFEST).exists():
-        Manifest.read(folder)  # says why not
+    access = access or Access()
+    if not is_remote(address) and not (Path(address) / MANIFEST).exists():
+        Manifest.read(Path(address))  # says why not
+    store = access.store(address)
     try:
-        manifest = Manifest.read(folder)
+        manifest = read_manifest(address, store)
     except DataError as error:
         yield MANIFEST, [Fault(MANIFEST, str(error))]
         return
     yield MANIFEST, [Fault(MANIFEST, what) for what in _manifest_faults(manifest)]
-    yield (
-        manifest.tokenizer.file,
-        [Fault(manifest.tokenizer.file, what) for what in _tokenizer_faults(folder, manifest)],
-    )
-    entries = [entry for split in manifest.splits.values() for entry in split.shards]
-    jobs = [_Job(folder, entry, manifest) for entry in entries]
-    for entry, faults in zip(entries, ordered_map(_shard_faults, jobs, workers), strict=True):
-        yield entry.path, faults
-    listed = {path for entry in entries for path in (entry.path, entry.index)}
-    for path in sorted(folder.glob("*/shard-*")):
+    name = manifest.tokenizer.file
+    yield name, [Fault(name, what) for what in _tokenizer_faults(address, store, manifest)]
+    jobs = [
+        _Job(address, access, entry, split, manifest) for split in manifest.splits.values() for entry in split.shards
+    ]
+    for job, faults in zip(jobs, ordered_map(_shard_faults, jobs, workers), strict=True):
+        yield job.entry.path, faults
+    if store is None:
+        yield from _strays(Path(address), {path for job in jobs for path in (job.entry.path, job.entry.index)})
+
+
+def _strays(folder: Path, listed: set[str]) -> Iterator[tuple[str, list[Fault]]]:
+    for path in sorted([*folder.glob("*/shard-*"), *folder.glob(".megatrain/*/*")]):
         if (name := path.relative_to(folder).as_posix()) not in listed:
             yield name, [Fault(name, "the manifest does not list this file, so it is not trained on")]
 
 
 @dataclass(frozen=True)
 class _Job:
-    folder: Path
+    address: str
+    access: Access
     entry: ShardEntry
+    split: Split
     manifest: Manifest
+
+    def shard(self) -> Shard:
+        """The shard's files on this machine, not looked at yet.
+
+        Raises:
+            DataError: a remote one is twice not what the manifest promises.
+        """
+        dtype = "uint8" if self.split.is_text else self.manifest.dtype
+        store = self.access.store(self.address)
+        if store is None:
+            return Shard.of(Path(self.address), self.entry, dtype)
+        check_paths(self.entry, store.name)
+        remote = RemoteShard(store, self.entry, dtype, self.access.cache)
+        remote.fetch()
+        return Shard(remote.tar, remote.sound_index, self.entry, dtype)
 
 
 def _manifest_faults(manifest: Manifest) -> Iterator[str]:
-    seen: set[str] = set()
-    contents: dict[str, str] = {}
-    for split in manifest.splits.values():
+    for split in manifest.splits.values():  # text files may be in several, each with other documents
+        seen: set[str] = set()
+        contents: dict[str, str] = {}
         for entry in split.shards:
             if entry.path in seen:
                 yield f"lists {entry.path} twice"
@@ -95,20 +123,20 @@ def _manifest_faults(manifest: Manifest) -> Iterator[str]:
                 yield f"lists {contents[entry.sha256]} and {entry.path}, which have the same content"
 
 
-def _tokenizer_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
+def _tokenizer_faults(address: str, store: Store | None, manifest: Manifest) -> Iterator[str]:
     wanted = manifest.tokenizer
-    path = folder / wanted.file
     if Path(wanted.file).name != wanted.file:
         yield "its path leads out of the data set"
         return
-    if not path.is_file():
+    if store is None and not (Path(address) / wanted.file).is_file():
         yield "is missing"
         return
-    if (found := sha256_of(path)) != wanted.fingerprint:
-        yield f"sha256 is {found} and the manifest says {wanted.fingerprint}"
-        return
     try:
-        tokenizer = Tokenizer.open(path, wanted.end_of_document)
+        content = read_whole(store, wanted.file) if store is not None else (Path(address) / wanted.file).read_bytes()
+        if (found := hashlib.sha256(content).hexdigest()) != wanted.fingerprint:
+            yield f"sha256 is {found} and the manifest says {wanted.fingerprint}"
+            return
+        tokenizer = Tokenizer.parse(content, wanted.file, wanted.end_of_document)
     except DataError as error:
         yield str(error)
         return
@@ -119,23 +147,27 @@ def _tokenizer_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
 def _shard_faults(job: _Job) -> list[Fault]:
     entry = job.entry
     for path in (entry.path, entry.index):
-        if not _PATH.fullmatch(path):
+        if not job.split.is_text and not _PATH.fullmatch(path):
             return [Fault(path, "is no name of a shard (SPLIT/shard-000000.tar and .index)")]
+    try:
+        shard = job.shard()
+    except DataError as error:
+        return [Fault(entry.path, str(error))]
     faults = [
-        *_file_faults(job.folder, entry.path, entry.sha256, entry.bytes),
-        *_file_faults(job.folder, entry.index, entry.index_sha256, None),
+        *_file_faults(entry.path, shard.tar, entry.sha256, entry.bytes),
+        *_file_faults(entry.index, shard.index, entry.index_sha256, None),
     ]
     if any(fault.what == "is missing" for fault in faults):
         return faults
+    find = _text_faults if job.split.is_text else _content_faults
     try:
-        faults += [Fault(entry.path, what) for what in _content_faults(job)]
+        faults += [Fault(entry.path, what) for what in find(job, shard)]
     except (DataError, ValueError, IndexError, OverflowError) as error:  # an index that is not one of ours
         faults.append(Fault(entry.index, f"does not fit the tar ({error})"))
     return faults
 
 
-def _file_faults(folder: Path, name: str, sha256: str, size: int | None) -> Iterator[Fault]:
-    path = folder / name
+def _file_faults(name: str, path: Path, sha256: str, size: int | None) -> Iterator[Fault]:
     if path.is_symlink():
         yield Fault(name, "is a link: copy the file itself")
     if not path.is_file():
@@ -147,9 +179,21 @@ def _file_faults(folder: Path, name: str, sha256: str, size: int | None) -> Iter
         yield Fault(name, f"sha256 is {found} and the manifest says {sha256}")
 
 
-def _content_faults(job: _Job) -> Iterator[str]:
+def _text_faults(job: _Job, shard: Shard) -> Iterator[str]:
+    """Which documents of raw text are not those that were indexed."""
+    if shard.unreadable:
+        yield shard.unreadable
+        return
+    if len(shard.length) != job.entry.documents or int(shard.length.sum()) != job.entry.text_bytes:
+        yield f"has {len(shard.length)} documents in its index and the manifest says {job.entry.documents}"
+    damaged = [number for number in range(len(shard.length)) if shard.damaged(number)]
+    if damaged:
+        yield _named(shard, damaged, "do not have the bytes that were indexed")
+
+
+def _content_faults(job: _Job, shard: Shard) -> Iterator[str]:
     """What is wrong inside a shard: the members of the tar, its index, and the ids of each document."""
-    entry, shard = job.entry, Shard.of(job.folder, job.entry, job.manifest.dtype)
+    entry = job.entry
     content = np.memmap(shard.tar, dtype=np.uint8, mode="r") if shard.tar.stat().st_size else np.zeros(0, np.uint8)
     offset, length = shard.column("offset"), shard.column("length")
     members: dict[int, int] = {}
@@ -235,5 +279,9 @@ def _document_faults(shard: Shard, content: NDArray[np.uint8], manifest: Manifes
         (no_end, "do not end with the end-of-document token"),
     ):
         if numbers:
-            named = ", ".join(repr(shard.document_id(n)) for n in numbers[:3])
-            yield f"{len(numbers)} documents {what}: {named}{', ...' if len(numbers) > 3 else ''}"
+            yield _named(shard, numbers, what)
+
+
+def _named(shard: Shard, numbers: list[int], what: str) -> str:
+    named = ", ".join(repr(shard.document_id(n)) for n in numbers[:3])
+    return f"{len(numbers)} documents {what}: {named}{', ...' if len(numbers) > 3 else ''}"

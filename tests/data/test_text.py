@@ -22,17 +22,22 @@ from megatrain.data.rows import empty, pieces
 from megatrain.data.shards import Shard
 from megatrain.data.slots import merged
 from megatrain.data.stream import Order, Stream
+from megatrain.data.summary import drawn, summarize
 from megatrain.data.text_index import IndexOptions, index
 from megatrain.data.tokenizer import Tokenizer, train_tokenizer
+from megatrain.data.verification import verify
 from tests.data.corpora import documents, write
+from tests.servers import Server
 
 N_SLOTS, SEQ_LEN = 12, 32
 
 
+WORDS = ["eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun", "zehn", "elf", "zwölf"]
+
+
 def texts(n, seed):
     rng = random.Random(seed)
-    words = ["eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun", "zehn", "elf", "zwölf"]
-    return [" ".join(rng.choices(words, k=1 + int(rng.expovariate(1 / 30)))) + f" ({seed}.{i})" for i in range(n)]
+    return [" ".join(rng.choices(WORDS, k=1 + int(rng.expovariate(1 / 30)))) + f" ({seed}.{i})" for i in range(n)]
 
 
 def tar_of(path, samples):
@@ -268,3 +273,55 @@ def test_indexing_again_gives_the_same_bytes_and_token_shards_are_not_indexed(fo
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     with pytest.raises(DataError, match="is a data set of token shards already"):
         index(IndexOptions(shards, folder.parent / "tokenizer.json"))
+
+
+def faults(address):
+    return [fault for _, found in verify(str(address)) for fault in found]
+
+
+def test_verify_names_the_text_that_changed_since_it_was_indexed(tmp_path):
+    folder = corpus(tmp_path / "corpus")
+    assert faults(folder) == []
+    with open(folder / "c.jsonl", "r+b") as file:
+        file.seek(12)
+        file.write(b"#")
+    (what, documents) = [fault.what for fault in faults(folder)]
+    assert "sha256 is" in what
+    assert documents == "1 documents do not have the bytes that were indexed: 'c.jsonl:1'"
+    (folder / "a.tar").unlink()
+    assert ("a.tar", "is missing") in [(fault.path, fault.what) for fault in faults(folder)]
+
+
+def test_inspect_shows_text_by_its_bytes(folder):
+    facts = summarize(str(folder))
+    train = facts["splits"][TRAIN]
+    split = Manifest.read(folder).splits[TRAIN]
+    assert train["form"] == "text"
+    assert train["length"]["mean"] * split.documents == pytest.approx(split.text_bytes)
+    assert {example["begins"].split(" ")[0] for example in train["examples"]} <= set(WORDS)
+    assert "bytes of a document" in "\n".join(drawn(facts))
+
+
+def test_text_on_a_server_gives_the_same_batches_and_can_be_inspected_and_verified(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the cache is
+    with Server(folder) as server:
+        assert global_batches(config(server.address), 20)[0] == global_batches(config(folder), 20)[0]
+        here, there = (summarize(str(address)) for address in (folder, server.address))
+        assert there["splits"] == here["splits"]
+        assert faults(server.address) == []
+        (tmp_path / ".cache/megatrain/files").rename(tmp_path / "gone")
+        server.fault = lambda handler, body, number: handler.path.endswith("b.tar") and _answers(handler, body[::-1])
+        assert [fault.path for fault in faults(server.address)] == ["b.tar"]
+
+
+def _answers(handler, body):
+    handler.answer(206, body)
+    return True
+
+
+def test_a_document_is_found_by_its_id_alone(folder):
+    for entry in Manifest.read(folder).splits[TRAIN].shards:
+        shard = Shard.of(folder, entry, "uint8")
+        ids = [shard.document_id(number) for number in range(entry.documents)]
+        assert [shard.number_of(document) for document in ids] == list(range(entry.documents))
+        assert [shard.number_of(name) for name in ("", "a", ids[0][1:], ids[0] + ids[1], "nobody")] == [None] * 5

@@ -38,7 +38,7 @@ def data(whole, tmp_path) -> Path:
 
 
 def faults(folder: Path) -> list[Fault]:
-    return [fault for _, found in verify(folder) for fault in found]
+    return [fault for _, found in verify(str(folder)) for fault in found]
 
 
 def bad(folder: Path) -> set[str]:
@@ -56,7 +56,7 @@ def flip(content: bytes, bit: int) -> bytes:
 
 
 def test_a_whole_data_set_has_no_fault(whole):
-    looked_at = [path for path, _ in verify(whole)]
+    looked_at = [path for path, _ in verify(str(whole))]
     assert faults(whole) == []
     assert looked_at[:3] == ["manifest.json", "tokenizer.json", "train/shard-000000.tar"]
     assert len(looked_at) == 2 + len(list(whole.glob("*/*.tar")))
