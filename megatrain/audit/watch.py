@@ -4,6 +4,7 @@ Placed inside FakeTensorMode on a fake card (see `fake_cuda`). FakeTensorMode al
 mask that is assigned through, an index from the CPU, a copy that blocks.
 """
 
+import functools
 import traceback
 import weakref
 from collections import Counter
@@ -88,7 +89,7 @@ class Watch(TorchDispatchMode):
 
     def __enter__(self) -> Self:
         self._waits_before = host_waits()
-        return super().__enter__()  # type: ignore[no-any-return]
+        return super().__enter__()
 
     def __exit__(self, *exc: Any) -> None:
         waits = host_waits() - self._waits_before - self.late_reads
@@ -102,14 +103,14 @@ class Watch(TorchDispatchMode):
             storage = t.untyped_storage()
             key = storage._cdata
             if t.is_cuda and storage.nbytes() and key not in self._storages:
-                self._storages[key] = weakref.ref(storage, lambda _, key=key: self._released(key))
+                self._storages[key] = weakref.ref(storage, functools.partial(self._released, key))
                 self.memory.allocate(key, storage.nbytes())
 
     def note_wait(self, what: str) -> None:
         """For `fake_cuda.card`: something waits for the whole device."""
         self.syncs.append(Finding(what, where()))
 
-    def _released(self, key: int) -> None:
+    def _released(self, key: int, _: Any) -> None:
         del self._storages[key]
         self.memory.release(key)
 
