@@ -1,14 +1,18 @@
 """How fast are batches of packed rows made, here and elsewhere? Every loader in a fresh process, one after the other.
 
-    python tools/bench/loaders.py [--root DIR] [--repeat 5] [--workers 0 1] [--loaders ours litdata] [--json]
+    python tools/bench/loaders.py [--root DIR] [--repeat 5] [--workers 0 1] [--loaders ours litdata] [--out FILE]
+    python tools/bench/loaders.py --loaders text webdataset        # raw text, tokenised on the fly
 
 The corpus is Python's standard library, a token for four bytes, so that lengths are those of real documents; loaders
 give int64 rows of the same length, shuffled, from the same tokens. Peers that are not installed are left out: litdata
-(`litdata`), MosaicML streaming (`mosaicml-streaming`). `gather` is no loader but a floor: one permuted gather from one
-array, without documents, masks or checks.
+(`litdata`), MosaicML streaming (`mosaicml-streaming`), Megatron's GPTDataset over its indexed data set
+(`megatron-core`), and for raw text webdataset's tars with `tokenizers` by hand. `gather` is no loader but a floor: one
+permuted gather from one array, without documents, masks or checks.
 """
 
 import argparse
+import dataclasses
+import io
 import json
 import os
 import pickle
@@ -193,13 +197,144 @@ def _without_torchvision() -> None:
         sys.modules[module.__name__] = module
 
 
-LOADERS = {"ours": Ours, "litdata": LitData, "mosaic": Mosaic, "gather": Gather}
+class Megatron:
+    """GPTDataset over an IndexedDataset: document, sample and shuffle index; resume by the samples consumed."""
+
+    needs = "megatron"
+
+    def __init__(self, root: Path, workers: int):
+        self.root, self.workers, self.at = root, workers, 0
+
+    @staticmethod
+    def prepare(root: Path, documents: list[tuple[str, np.ndarray]]) -> None:
+        import torch
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+        (root / "megatron" / "cache").mkdir(parents=True, exist_ok=True)
+        builder = IndexedDatasetBuilder(str(root / "megatron" / "d.bin"), dtype=np.uint16)
+        for _, tokens in documents:
+            builder.add_document(torch.from_numpy(tokens.astype(np.int32)), [len(tokens)])
+        builder.finalize(str(root / "megatron" / "d.idx"))
+
+    def batches(self, state: Any) -> Iterator[Any]:
+        import torch
+        from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+        from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+        tokenizer = types.SimpleNamespace(vocab_size=VOCAB, eod=0, pad=VOCAB - 1, unique_identifiers={"of": "bench"})
+        config = GPTDatasetConfig(
+            random_seed=SEED, sequence_length=SEQ_LEN, blend=([str(self.root / "megatron" / "d")], None), split="1,0,0",
+            path_to_cache=str(self.root / "megatron" / "cache"), tokenizer=tokenizer, reset_position_ids=False,
+            reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
+        )  # fmt: skip
+        data, _, _ = BlendedMegatronDatasetBuilder(GPTDataset, [None, 0, 0], lambda: True, config).build()
+        order = [range(i * ROWS, (i + 1) * ROWS) for i in range(state or 0, len(data) // ROWS)]
+        loader = torch.utils.data.DataLoader(data, batch_sampler=order, num_workers=self.workers)
+        for at, batch in enumerate(loader, state or 0):
+            self.at = at
+            yield batch["tokens"]
+
+    def state(self) -> Any:
+        return self.at + 1
+
+
+def texts() -> Iterator[str]:
+    """The modules as text."""
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
+        if "site-packages" not in path.parts:
+            text = path.read_bytes().decode("utf-8", "ignore")
+            if text.strip():
+                yield text
+
+
+def write_tars(folder: Path) -> None:
+    """The modules as webdataset's tars, and a tokenizer."""
+    import tarfile
+
+    from megatrain.data.tokenizer import train_tokenizer
+
+    folder.mkdir()
+    found = list(texts())
+    (folder.parent / f"{folder.name}.json").write_bytes(train_tokenizer(found[::8], VOCAB))
+    for first in range(0, len(found), 128):
+        with tarfile.open(folder / f"{first // 128:05d}.tar", "w") as tar:
+            for number, text in enumerate(found[first : first + 128], first):
+                header = tarfile.TarInfo(f"{number:07d}.txt")
+                header.size = len(text.encode())
+                tar.addfile(header, io.BytesIO(text.encode()))
+
+
+class Text(Ours):
+    """megatrain on raw text: what `ours` does, with documents made tokens as they are read."""
+
+    def __init__(self, root: Path, workers: int):
+        super().__init__(root, workers)
+        source = type(self.data.sources[0])(path=str(root / "text"))
+        self.data = dataclasses.replace(self.data, sources=(source,))
+
+    @staticmethod
+    def prepare(root: Path, documents: list[tuple[str, np.ndarray]]) -> None:
+        from megatrain.data.text_index import IndexOptions, index
+
+        write_tars(root / "text")
+        index(IndexOptions(root / "text", root / "text.json", held_out=0.0))
+
+
+class ByHand:
+    """webdataset, a shuffle buffer, `tokenizers` on 32 documents at a time, rows cut from what comes."""
+
+    needs = "webdataset"
+
+    def __init__(self, root: Path, workers: int):
+        self.root, self.workers = root, workers
+
+    @staticmethod
+    def prepare(root: Path, documents: list[tuple[str, np.ndarray]]) -> None:
+        write_tars(root / "by-hand")
+
+    def batches(self, state: Any) -> Iterator[Any]:
+        import torch
+        import webdataset
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(self.root / "by-hand.json"))
+
+        def rows(samples: Any) -> Iterator[Any]:
+            held, waiting = np.empty(0, dtype=np.int64), []
+            for (text,) in samples:
+                waiting.append(text)
+                if len(waiting) < 32:
+                    continue
+                encoded = tokenizer.encode_batch_fast(waiting, add_special_tokens=False)
+                held, waiting = np.concatenate([held, *(np.array([*one.ids, 0]) for one in encoded)]), []
+                whole = len(held) // (SEQ_LEN + 1) * (SEQ_LEN + 1)
+                for row in held[:whole].reshape(-1, SEQ_LEN + 1):
+                    yield torch.from_numpy(row.copy())
+                held = held[whole:]
+
+        tars = sorted(str(path) for path in (self.root / "by-hand").glob("*.tar"))
+        data = webdataset.WebDataset(tars, shardshuffle=100, seed=SEED, empty_check=False)
+        data = data.decode().to_tuple("txt").shuffle(256, initial=256).compose(rows)
+        for batch in torch.utils.data.DataLoader(data, batch_size=ROWS, num_workers=self.workers):
+            yield batch[:, :-1]
+
+    def state(self) -> Any:
+        return None  # it has none: a resume begins anew
+
+
+LOADERS = {"ours": Ours, "litdata": LitData, "mosaic": Mosaic, "megatron": Megatron, "gather": Gather}
+ALL = LOADERS | {"text": Text, "webdataset": ByHand}
 
 
 def cpu_seconds() -> float:
-    return sum(
+    """Of this process and those that it started, which may still be at work."""
+    import psutil
+
+    ended = sum(
         u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     )
+    times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+    return ended + sum(t.user + t.system for t in times)
 
 
 def measure(name: str, root: Path, workers: int, n_batches: int) -> dict[str, Any]:
@@ -207,7 +342,7 @@ def measure(name: str, root: Path, workers: int, n_batches: int) -> dict[str, An
     import torch
 
     torch.set_num_threads(1)
-    loader = LOADERS[name](root, workers)
+    loader = ALL[name](root, workers)
     batches = loader.batches(None)
     for _ in range(5):
         batch = next(batches)
@@ -228,9 +363,9 @@ def resume(name: str, root: Path, workers: int) -> dict[str, Any]:
     """Seconds from a saved state to its first batch; imports are not counted."""
     import torch  # noqa: F401
 
-    loader = LOADERS[name](root, workers)
+    loader = ALL[name](root, workers)
     state = pickle.loads((root / f"state-{name}-{workers}").read_bytes())
-    next(LOADERS[name](root, 0).batches(None))  # what is imported and warmed up once is not what is asked
+    next(ALL[name](root, 0).batches(None))  # what is imported and warmed up once is not what is asked
     began = time.perf_counter()
     next(loader.batches(state))
     return {"resume_seconds": time.perf_counter() - began}
@@ -241,15 +376,15 @@ def main() -> None:
     parser.add_argument("--root", type=Path, help="where the data is written; kept if given")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--loaders", nargs="+", default=list(LOADERS), choices=list(LOADERS))
+    parser.add_argument("--loaders", nargs="+", default=list(LOADERS), choices=list(ALL))
     parser.add_argument("--batches", type=int, default=400)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--out", type=Path, help="a file that each measurement is appended to, as a JSON line")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         what, name, workers = options.one
         if what == "prepare":
-            LOADERS[name].prepare(options.root, list(corpus()))
+            ALL[name].prepare(options.root, list(corpus()))
         elif what == "measure":
             print(json.dumps(measure(name, options.root, int(workers), options.batches)), flush=True)
         else:
@@ -266,7 +401,7 @@ def main() -> None:
 
 def compare(root: Path, options: argparse.Namespace) -> None:
     root.mkdir(exist_ok=True)
-    names = [name for name, loader in LOADERS.items() if name in options.loaders and find_spec(loader.needs)]
+    names = [name for name, loader in ALL.items() if name in options.loaders and find_spec(loader.needs)]
     for name in names:
         if not (root / f"ready-{name}").exists():
             run(root, options, "prepare", name, 0)
@@ -277,19 +412,20 @@ def compare(root: Path, options: argparse.Namespace) -> None:
             for name in names:
                 one = run(root, options, "measure", name, workers) | run(root, options, "resume", name, workers)
                 found.setdefault((name, workers), []).append(one)
+                if options.out:
+                    with open(options.out, "a") as file:
+                        file.write(json.dumps({"loader": name, "workers": workers} | one) + "\n")
     for (name, workers), runs in found.items():
         middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        if options.json:
-            print(json.dumps({"loader": name, "workers": workers} | middle))
-            continue
-        ratio = statistics.median(
-            ours["tokens_per_second"] / run["tokens_per_second"]
-            for ours, run in zip(found["ours", workers], runs, strict=True)
+        first = found[names[0], workers]
+        ratio, per_cpu = (
+            statistics.median(mine[key] / run[key] for mine, run in zip(first, runs, strict=True))
+            for key in ("tokens_per_second", "tokens_per_cpu_second")
         )
         print(
-            f"{name:8s} workers {workers}: {middle['tokens_per_second'] / 1e6:6.1f}M tokens/s "
+            f"{name:10s} workers {workers}: {middle['tokens_per_second'] / 1e6:6.1f}M tokens/s "
             f"({middle['tokens_per_cpu_second'] / 1e6:6.1f}M per CPU second), resume {middle['resume_seconds']:.3f} s, "
-            f"ours is {ratio:.2f} times as fast"
+            f"{names[0]} is {ratio:.2f} times as fast ({per_cpu:.2f} by CPU time)"
         )
 
 
