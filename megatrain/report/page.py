@@ -10,6 +10,7 @@ from typing import Any
 
 from megatrain.base.files import written_whole
 from megatrain.base.units import show_count, show_seconds
+from megatrain.report import guard
 from megatrain.report.chart import Curve, Mark, Scale, chart
 from megatrain.report.look import SCRIPT, STYLE
 from megatrain.report.run import RunRecord, read_run, summary
@@ -47,7 +48,7 @@ def page(run: RunRecord, *, reload_seconds: int | None = None) -> str:
         f'<header><h1>{_text(run.name)}</h1><span class="badge {run.outcome}">{run.outcome}</span>'
         f'<span class="note">{progress}{_when(run)}</span></header>'
         f"{_figures(run)}{_charts(run)}"
-        f'<div class="two">{_facts(run)}{_events(run)}</div>{_config(run)}'
+        f'<div class="two">{_facts(run)}{_events(run)}{_formats(run)}{_layers(run)}</div>{_config(run)}'
         f"<script>{SCRIPT}</script></body></html>\n"
     )
 
@@ -103,6 +104,8 @@ def _charts(run: RunRecord) -> str:
         _card("Tokens per second", [smooth("tokens/s", "tokens_per_second")], replace(robust, show=show_count), marks),
         _card("MFU, %", mfu, robust, marks),
         _card("Peak memory, GiB", [Curve("memory", run.points("memory_gib"))], plain, marks),
+        _card("Error of layers in eight bits, %", guard.error_curves(run), plain, marks),
+        _card("Loss above that in bf16, nats a token", guard.gap_curves(run), Scale(), marks),
         _card("Waiting for data, % of the step", [Curve("wait", waits, smoothed=True)], robust, marks),
     ]
     return f'<div class="charts">{"".join(cards)}</div>'
@@ -172,19 +175,30 @@ def _facts(run: RunRecord) -> str:
     return f'<section class="card"><h2>Facts</h2>{_table(rows.items())}</section>'
 
 
+def _formats(run: RunRecord) -> str:
+    table = run.facts.get("dtypes")
+    return f'<section class="card"><h2>Number formats</h2>{_table(table.items())}</section>' if table else ""
+
+
+def _layers(run: RunRecord) -> str:
+    rows = guard.layer_rows(run)
+    return f'<section class="card"><h2>Layers in eight bits</h2>{_table(rows)}</section>' if rows else ""
+
+
 def _events(run: RunRecord) -> str:
     rows = []
-    for event in run.events[-MOST_EVENTS:][::-1]:
+    telling = [event for event in run.events if event.get("kind") != "guard" or guard.changed(event)]
+    for event in telling[-MOST_EVENTS:][::-1]:
         when = event.get("time")
         clock = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(when)) if isinstance(when, int | float) else ""
-        skip = ("time", "step", "kind", "facts", "lines")
+        skip = ("time", "step", "kind", "facts", "lines", *guard.BY_LAYER)
         detail = ", ".join(f"{key} {_brief(value)}" for key, value in event.items() if key not in skip and value)
         rows.append(
             (clock, f"{event.get('kind', '?')} at step {event.get('step', '?')}" + (f": {detail}" if detail else ""))
         )
     if not rows:
         return ""
-    more = len(run.events) - len(rows)
+    more = len(telling) - len(rows)
     note = f'<p class="note">and {more:,} earlier</p>' if more > 0 else ""
     return f'<section class="card"><h2>Events, latest first (UTC)</h2>{_table(rows)}{note}</section>'
 

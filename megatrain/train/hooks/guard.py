@@ -35,5 +35,5 @@ class GuardLog(Hook):
             in_bf16=verdict.in_bf16,
             demoted=verdict.demoted,
             promoted=verdict.promoted,
-            **{what: {name: round(x, 6) for name, x in values.items()} for what, values in shares.items()},
+            **{what: {name: round(min(x, 1e9), 6) for name, x in values.items()} for what, values in shares.items()},
         )

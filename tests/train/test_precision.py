@@ -1,0 +1,74 @@
+"""Formats of a run from its file to its report: the table, the guard's looks, and what is refused before it starts."""
+
+from pathlib import Path
+
+import pytest
+
+from megatrain.base.errors import ConfigError
+from megatrain.report.page import page
+from megatrain.report.run import read_run as read_record
+from megatrain.train.config import read_run
+from megatrain.train.run import train
+from tests.train.small import events, metrics, write_run
+
+EIGHT_BITS = {
+    "precision__compute": "bf16",
+    "precision__fp8": {"min_size": 0, "keep_first": 0, "keep_last": 0, "guard_every": 3, "guard_limit": 0.034},
+    "train__steps": 7,
+    "train__eval_every": 0,
+}
+"""A limit that some layers are above, so that the guard has something to tell."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, text_data: Path) -> Path:
+    folder = tmp_path_factory.mktemp("fp8")
+    run = read_run(write_run(folder, text_data, **EIGHT_BITS)).run
+    train(run)
+    return run.folder
+
+
+def test_the_table_of_formats_is_kept_with_the_run(finished: Path) -> None:
+    [started] = events(finished, "started")
+    table = started["facts"]["dtypes"]
+    assert table["products"] == "bf16"
+    assert table["parameters"] == "fp32"
+    assert table["fp8 products"].startswith("e4m3 (tensorwise)")
+
+
+def test_each_look_of_the_guard_is_written_once_with_every_layer(finished: Path) -> None:
+    looks = events(finished, "guard")
+    assert [look["before_step"] for look in looks] == [1, 4, 7]
+    for look in looks:
+        assert len(look["errors"]) == len(look["flushed"]) == 8
+        assert all(0.005 < error < 0.1 for error in look["errors"].values())
+        assert abs(look["loss_gap"]) < 0.1
+    demoted = {name for look in looks for name in look["demoted"]}
+    assert demoted == {n for look in looks for n, error in look["errors"].items() if error > 0.034}
+    assert demoted
+    assert metrics(finished)[-1]["loss"] < metrics(finished)[0]["loss"]
+
+
+def test_the_report_draws_the_guard(finished: Path) -> None:
+    text = page(read_record(finished))
+    assert "Error of layers in eight bits" in text
+    assert "Loss above that in bf16" in text
+    assert "Number formats" in text
+    assert "layers.1.feed_forward.down" in text
+    assert "demoted at step" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("precision__fp8", {"min_size": 0, "keep_first": 0, "keep_last": 0, "layers": "*.dwon"}, "layers=*.dwon"),
+        ("model__d_ff", 40, "feed_forward.down has 40 inputs on a rank, which is no multiple of 16"),
+        ("precision__compute", "fp16", "fp16 has too small a range"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(tmp_path: Path, text_data: Path, key, value, words) -> None:
+    path = write_run(tmp_path, text_data, **(EIGHT_BITS | {key: value}))
+    with pytest.raises(ConfigError) as refused:
+        train(read_run(path).run)
+    assert words in str(refused.value)
+    assert not (tmp_path / "runs").exists()
