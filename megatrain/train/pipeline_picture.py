@@ -11,7 +11,9 @@ from megatrain.train.config import Run
 
 
 def show(run: Run, ranks: int | None, png: str | None, columns: int) -> str:
-    """The timeline of a step as text that fits `columns`, and as a picture in `png`; stages take what they should cost.
+    """The timeline of a step as text that fits `columns`, and as a picture in `png`.
+
+    It is drawn as if all stages cost the same; how idle ranks are with the costs that are predicted is said below.
 
     Args:
         ranks: of the whole run; as few as tp, pp, cp and a given dp ask for where not said.
@@ -34,12 +36,15 @@ def show(run: Run, ranks: int | None, png: str | None, columns: int) -> str:
     assert plan is not None
     dp = layout.mesh(world).dp
     m = run.train.global_batch // dp // layout.micro_batch
-    line = timeline(plan, m, [costs.of(span) for span in spans_of(plan.layers)])
+    line = timeline(plan, m)
+    predicted = timeline(plan, m, [costs.of(span) for span in spans_of(plan.layers)])
     shape = f"{layout.schedule}: pp {plan.pp} x {plan.virtual} stages, {m} micro-batches"
     path = Path(png or f"{run.name}-schedule.png")
     draw(line, f"{run.name}, {shape}", path)
     lines = [f"{shape}; layers of each stage: {', '.join(map(str, plan.layers))}", "", as_text(line, columns), ""]
     if m >= plan.pp:
-        closed = plan.schedule.bubble_share(plan.pp, m, plan.virtual)
-        lines.append(f"if all stages cost the same, every rank is idle {float(closed):.1%} ({plan.schedule.paper})")
+        closed = float(plan.schedule.bubble_share(plan.pp, m, plan.virtual))
+        lines.append(f"closed form, stages of equal cost: {closed:.1%} ({plan.schedule.paper})")
+    shares = ", ".join(f"{float(share):.1%}" for share in predicted.bubble_shares())
+    lines.append(f"with the cost that each stage is predicted to have, ranks are idle {shares}")
     return "\n".join([*lines, f"picture: {path}"])
