@@ -54,6 +54,24 @@ def from_deepspeed(folder: str, like: str, out: str, check: bool) -> None:
     _say(convert(folder, like, out, check=check))
 
 
+@command.command("from-megatron", short_help="A Megatron-LM checkpoint to a checkpoint.")
+@click.argument("folder")
+@click.option("--tokenizer", type=click.Path(exists=True, dir_okay=False), help="The model's tokenizer.json.")
+@click.option("--out", required=True, type=click.Path(), help="The new checkpoint's folder.")
+@check
+def from_megatron(folder: str, tokenizer: str | None, out: str, check: bool) -> None:
+    """Make a checkpoint of the Megatron-LM checkpoint FOLDER: torch_dist, or a file for each model-parallel rank.
+
+    Nothing in its pickled files is executed.
+
+    \b
+    megatrain convert from-megatron checkpoints/iter_0005000 --out gpt
+    """
+    from megatrain.convert.megatron import from_megatron as convert
+
+    _say(convert(folder, out, tokenizer=tokenizer, check=check))
+
+
 @command.command("to-deepspeed", short_help="A checkpoint to one of DeepSpeed's.")
 @click.argument("checkpoint")
 @click.option("--out", required=True, type=click.Path(), help="The new folder.")

@@ -1,17 +1,14 @@
 """The proof of a conversion: both sides' logits on the same tokens."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from megatrain.base.errors import CheckpointError
-from megatrain.base.optional import optional
 from megatrain.base.random import generator
 from megatrain.checkpoint.model import build_model, config_of
 from megatrain.checkpoint.read import Commit
-from megatrain.convert.folder import Folder
 from megatrain.nn.where import Where
 
 TOLERANCE = 1e-5
@@ -19,6 +16,14 @@ TOLERANCE = 1e-5
 
 PROMPT = (2, 64)
 """Rows and tokens of the prompts."""
+
+
+class OtherSide(Protocol):
+    """Another project's model."""
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """tokens [rows, tokens] -> float32 [rows, tokens, v]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -56,25 +61,21 @@ def logits(model: Any, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def compare(commit: Commit, theirs: Folder, family: str, source: str, target: str, dtype: torch.dtype | None) -> Report:
-    """Our checkpoint against the same model in the transformers library, both computed in float32.
+def compare(
+    commit: Commit, theirs: OtherSide, family: str, source: str, target: str, dtype: torch.dtype | None
+) -> Report:
+    """Our checkpoint against the same model as the other project computes it, both in float32.
 
     Args:
         dtype: what weights were rounded to on the way; ours are rounded alike. None: they were kept.
 
     Raises:
-        CheckpointError: transformers is not installed.
+        CheckpointError: the other side cannot be computed here.
     """
-    transformers = optional("transformers")
-    if not transformers:
-        raise CheckpointError(
-            f"the conversion cannot be checked, transformers is not usable here ({transformers.why_not}): "
-            "install it, or convert with --no-check"
-        )
     ours = build_model(commit, dtype=dtype or torch.float32).float()
     tokens = prompts(ours.n_valid, config_of(commit)["data"]["seq_len"])
     a = logits(ours, tokens)
     del ours
-    b = theirs.transformers_model(transformers).eval()(tokens).logits.float()
+    b = theirs.logits(tokens)
     largest = float((a - b).abs().max())
     return Report(family, source, target, tokens.numel(), largest, float(b.abs().max()), TOLERANCE)

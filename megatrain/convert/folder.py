@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatrain.base.errors import CheckpointError
+from megatrain.base.optional import optional
 from megatrain.checkpoint.storage import LocalStorage
 from megatrain.checkpoint.tensorfile import Entry, decode_header, header_length
 
@@ -99,6 +100,20 @@ class Folder:
     def transformers_model(self, transformers: Any) -> Any:
         """The model as the transformers library has it, in float32."""
         return transformers.AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32, local_files_only=True)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Of transformers, float32 [rows, tokens, v].
+
+        Raises:
+            CheckpointError: it is not installed.
+        """
+        transformers = optional("transformers")
+        if not transformers:
+            raise CheckpointError(
+                f"the conversion cannot be checked, transformers is not usable here ({transformers.why_not}): "
+                "install it, or convert with --no-check"
+            )
+        return self.transformers_model(transformers).eval()(tokens).logits.float()
 
     def side_files(self) -> dict[str, bytes]:
         return {name: (self.home / name).read_bytes() for name in SIDE_FILES if (self.home / name).is_file()}

@@ -5,9 +5,10 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from megatrain.base.errors import CheckpointError, ConfigError, DataError, FailedCheckpointError, did_you_mean
 from megatrain.base.files import write_json
@@ -20,7 +21,7 @@ from megatrain.checkpoint.storage import LocalStorage, refusal
 from megatrain.checkpoint.stream import FILE_BYTES, Named, bytes_of, write_checkpoint
 from megatrain.checkpoint.tensorfile import Entry, encode_header
 from megatrain.checkpoint.tokenizer import tokenizer_of
-from megatrain.convert.check import TOLERANCE, Report, compare
+from megatrain.convert.check import TOLERANCE, OtherSide, Report, compare
 from megatrain.convert.families import FAMILY
 from megatrain.convert.folder import CONFIG, INDEX, SIDE_FILES, SINGLE, WEIGHTS, Folder
 from megatrain.convert.mapping import family_for, rows_of, sizes_of
@@ -66,7 +67,7 @@ def convert_in(theirs: Folder, out: Path, check: bool) -> Report:
     side = theirs.side_files()
     written = write_checkpoint(
         out,
-        _ours(theirs, rows, choice, shapes_of(choice, section["vocab_size"], seq_len)),
+        ours(theirs, rows, choice, shapes_of(choice, section["vocab_size"], seq_len)),
         step=0,
         state=None,
         facts={
@@ -97,7 +98,23 @@ def _refuse_other_tensors(theirs: Folder, family: Any, choice: Any, rows: list[R
         )
 
 
-def _ours(theirs: Folder, rows: list[Row], choice: Any, shapes: dict[str, tuple[int, ...]]) -> Iterator[Named]:
+class Source(Protocol):
+    """Another project's tensors, by its names."""
+
+    path: Path
+
+    @property
+    def moments(self) -> tuple[str, ...]: ...
+
+    def read(self, name: str, state: str = WEIGHTS) -> Tensor: ...
+
+
+def ours(theirs: Source, rows: list[Row], choice: Any, shapes: dict[str, tuple[int, ...]]) -> Iterator[Named]:
+    """Our tensors, one after the other as they are asked for.
+
+    Raises:
+        CheckpointError: they do not make the model of these `shapes`.
+    """
     sizes = sizes_of(choice)
     for state in (WEIGHTS, *theirs.moments):
         made = {}
@@ -276,7 +293,7 @@ def proven(
     out: Path,
     check: bool,
     commit: Commit,
-    theirs: Folder,
+    theirs: OtherSide,
     kind: str,
     source: str,
     target: str,

@@ -5,11 +5,12 @@ read by an unpickler that knows the few names tensors are made of. Objects of pa
 (settings, enumerations) become inert placeholders; any other name is refused before anything is called.
 """
 
+import contextlib
 import io
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,30 @@ STORAGES = {
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
 }  # fmt: skip
 
-EXPECTED_PACKAGES = ("deepspeed", "argparse", "numpy", "megatron")
-"""What trainers leave beside their tensors; never imported."""
+EXPECTED_PACKAGES = (
+    "deepspeed", "argparse", "numpy", "megatron", "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.filesystem", "torch.serialization", "transformer_engine",
+)  # fmt: skip
+"""What trainers leave beside their tensors, as packages or modules; never imported, never called."""
 
 
 class Placeholder:
     """What stands for an object of a class that is not wanted: it keeps what it was made of, and does nothing."""
 
+    args: tuple[Any, ...] = ()
+    state: Any = None
+    """What the object was filled with; for most, its attributes by name."""
+
+    def __new__(cls, *args: Any, **options: Any) -> "Placeholder":
+        made = object.__new__(cls)
+        made.args = args
+        return made
+
     def __init__(self, *args: Any, **options: Any):
-        self.args = args
+        pass
 
     def __setstate__(self, state: Any) -> None:
-        pass
+        self.state = state
 
     def __call__(self, *args: Any, **options: Any) -> "Placeholder":
         return self
@@ -54,6 +67,11 @@ class Placeholder:
         pass
 
 
+def attributes(held: Any) -> dict[str, Any]:
+    """Of an object that a placeholder stands for; empty where it has none."""
+    return held.state if isinstance(held, Placeholder) and isinstance(held.state, dict) else {}
+
+
 @dataclass(frozen=True)
 class Stored:
     """A storage of the archive: bytes [begin, end) of the file."""
@@ -63,15 +81,35 @@ class Stored:
     dtype: torch.dtype
 
 
-def load_pickled(path: str | Path) -> Any:
-    """The objects of a file that torch.save wrote. Tensors are mapped: their bytes are read when they are used.
+@dataclass(frozen=True)
+class Region:
+    """Some bytes [begin, end) of a file, mapped when they are read."""
+
+    path: Path
+    begin: int
+    end: int
+
+    def read(self, begin: int, end: int) -> Any:
+        return LocalStorage(self.path.parent).read(self.path.name, self.begin + begin, self.begin + end)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+def load_pickled(path: str | Path, begin: int = 0, end: int | None = None) -> Any:
+    """The objects of what torch.save wrote: a file, or the bytes [begin, end) of one.
+
+    Tensors are mapped: their bytes are read when they are used.
 
     Raises:
-        CheckpointError: it is no such file, it is damaged, or it asks for anything else to be called.
+        CheckpointError: it is no such file, or it asks for anything else to be called.
+        FailedCheckpointError: it is damaged.
     """
     path = Path(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
+    with _told(path):
+        region = Region(path, begin, path.stat().st_size if end is None else end)
+        archived = path if begin == 0 and end is None else io.BytesIO(bytes(region.read(0, region.end - begin)))
+        with zipfile.ZipFile(archived) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
             described = [name for name in entries if name.endswith("/data.pkl")]
             if len(described) != 1:
@@ -82,7 +120,28 @@ def load_pickled(path: str | Path) -> Any:
                 )
             text = archive.read(described[0])
         prefix = described[0].removesuffix("data.pkl")
-        return _Unpickler(io.BytesIO(text), path, prefix, entries).load()
+        return _Unpickler(text, region, prefix, entries).load()
+
+
+def load_description(path: str | Path) -> Any:
+    """The objects of a file that pickle wrote, in which there are no tensors: the index of a torch_dist checkpoint.
+
+    Raises:
+        CheckpointError, FailedCheckpointError: as `load_pickled`.
+    """
+    path = Path(path)
+    with _told(path):
+        size = path.stat().st_size
+        if size > MAX_PICKLE_BYTES:
+            raise CheckpointError(f"{path} has {size} bytes: that is too many for a description")
+        return _Unpickler(path.read_bytes(), Region(path, 0, size), "", {}).load()
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What can go wrong with a pickle, in words."""
+    try:
+        yield
     except CheckpointError:
         raise
     except (OSError, zipfile.BadZipFile, EOFError) as error:
@@ -92,10 +151,9 @@ def load_pickled(path: str | Path) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, text: io.BytesIO, path: Path, prefix: str, entries: dict[str, zipfile.ZipInfo]):
-        super().__init__(text)
-        self.path, self.prefix, self.entries = path, prefix, entries
-        self.storage = LocalStorage(path.parent)
+    def __init__(self, text: bytes, region: Region, prefix: str, entries: dict[str, zipfile.ZipInfo]):
+        super().__init__(io.BytesIO(text))
+        self.region, self.prefix, self.entries = region, prefix, entries
         self.known: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): OrderedDict,
             ("torch", "Size"): torch.Size,
@@ -106,6 +164,7 @@ class _Unpickler(pickle.Unpickler):
             ("torch._tensor", "_rebuild_from_type_v2"): lambda rebuild, kind, arguments, state: rebuild(*arguments),
             ("torch", "Tensor"): Placeholder,
             ("torch.nn.parameter", "Parameter"): Placeholder,
+            **dict.fromkeys([("pathlib", name) for name in ("PosixPath", "Path", "PurePosixPath")], Placeholder),
             ("builtins", "set"): set,
             ("__builtin__", "set"): set,
         }
@@ -117,11 +176,11 @@ class _Unpickler(pickle.Unpickler):
             return STORAGES[name]  # type: ignore[return-value]  # only ever a part of a persistent id
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if module.split(".")[0] in EXPECTED_PACKAGES:
+        if module in EXPECTED_PACKAGES or module.split(".")[0] in EXPECTED_PACKAGES:
             return Placeholder
         raise CheckpointError(
-            f"{self.path} asks for {module}.{name}, which tensors do not need and which is not called: the file may be "
-            "malicious; have it saved as safetensors by those who made it"
+            f"{self.region} asks for {module}.{name}, which tensors do not need and which is not called: the file may "
+            "be malicious; have it saved as safetensors by those who made it"
         )
 
     def persistent_load(self, pid: Any) -> Stored:
@@ -129,9 +188,9 @@ class _Unpickler(pickle.Unpickler):
         entry = self.entries[f"{self.prefix}data/{key}"]
         dtype = dtype if isinstance(dtype, torch.dtype) else torch.uint8
         if kind != "storage" or entry.compress_type != zipfile.ZIP_STORED or numel * dtype.itemsize != entry.file_size:
-            raise FailedCheckpointError(f"{self.path} is damaged: its storage {key} is not as it is described")
+            raise FailedCheckpointError(f"{self.region} is damaged: its storage {key} is not as it is described")
         # The local header repeats the name and has an extra field of its own length before the bytes.
-        local = bytes(self.storage.read(self.path.name, entry.header_offset, entry.header_offset + 30))
+        local = bytes(self.region.read(entry.header_offset, entry.header_offset + 30))
         begin = (
             entry.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
         )
@@ -140,5 +199,5 @@ class _Unpickler(pickle.Unpickler):
     def tensor(self, stored: Stored, offset: int, shape: Any, stride: Any, *rest: Any) -> Tensor:
         if stored.begin == stored.end:
             return torch.empty(tuple(shape), dtype=stored.dtype)
-        data = self.storage.read(self.path.name, stored.begin, stored.end)
+        data = self.region.read(stored.begin, stored.end)
         return torch.frombuffer(data, dtype=stored.dtype).as_strided(tuple(shape), tuple(stride), offset)

@@ -32,6 +32,16 @@ class Rotary:
         """Channels of a head that turn."""
         return int(head_dim * self.share)
 
+    @property
+    def amplitude(self) -> float:
+        """What turns is multiplied by this."""
+        return 1.0
+
+    def rates(self, head_dim: int, device: torch.device | None = None) -> Tensor:
+        """Radians a token by which each pair turns, float64 [width / 2]."""
+        width = self.width(head_dim)
+        return self.theta ** -(torch.arange(0, width, 2, device=device, dtype=torch.float64) / width)
+
     def unsupported_reasons(self, head_dim: int) -> list[str]:
         if self.share == 1 and head_dim % 2:
             return [f"rotary positions turn pairs, and head_dim={head_dim} is odd"]
@@ -47,10 +57,8 @@ class Rotary:
 
         Angles are float64: at a million tokens float32 knows them to a few hundredths of a radian only.
         """
-        width = self.width(head_dim)
-        exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float64) / width
-        angles = positions[..., None, None] * self.theta**-exponents
-        return angles.cos().float(), angles.sin().float()
+        angles = positions[..., None, None] * self.rates(head_dim, positions.device)
+        return (angles.cos() * self.amplitude).float(), (angles.sin() * self.amplitude).float()
 
     def rotate(self, x: Tensor, tables: tuple[Tensor, Tensor], n_turned: int | None = None) -> Tensor:
         """Heads [b, t, heads, head_dim] with the first `n_turned` of them turned (all by default)."""

@@ -43,20 +43,10 @@ class Stretched(Rotary):
         """
         return torch.zeros_like(rates)
 
-    @property
-    def amplitude(self) -> float:
-        """Queries and keys are multiplied by this."""
-        return 1.0
-
-    def prepare(self, positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, each float32 [b, t, 1, width / 2]."""
-        width = self.width(head_dim)
-        exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float64) / width
-        rates = self.theta**-exponents
+    def rates(self, head_dim: int, device: torch.device | None = None) -> Tensor:
+        rates = super().rates(head_dim, device)
         kept = self.share_kept(rates)
-        rates = kept * rates + (1 - kept) * rates / self.factor
-        angles = positions[..., None, None] * rates
-        return (angles.cos() * self.amplitude).float(), (angles.sin() * self.amplitude).float()
+        return kept * rates + (1 - kept) * rates / self.factor
 
     def wholly_turned(self, x: Tensor, positions: Tensor) -> Tensor:
         """Pair by pair on complex numbers, in float64: x [b, t, heads, width]."""
