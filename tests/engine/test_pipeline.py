@@ -14,6 +14,7 @@ from torch import Tensor
 from megatrain.base.device import Device
 from megatrain.base.errors import ConfigError
 from megatrain.engine.api import ENGINE, Engine, Parts, Precision
+from megatrain.engine.kinds.deepspeed import DeepSpeed
 from megatrain.engine.layout import Layout
 from megatrain.engine.schedules import SCHEDULES
 from megatrain.models.decoder import Decoder
@@ -91,27 +92,29 @@ class Case:
 
     def engine_of(self, mesh: Mesh) -> Engine:
         tp = TensorParallel(mesh.axis("tp"), self.tp > 1)
-        choice = dataclasses.replace(MODEL, tie_embeddings=self.tied)
+        decoder = dataclasses.replace(MODEL, tie_embeddings=self.tied)
         layout = self.layout()
         facts: dict[str, Any] = {"n_valid": VOCABULARY, "seq_len": SEQ_LEN, "tp": tp, "cp": layout.context(mesh)}
-        plan = layout.pipeline(choice.costs(VOCABULARY, SEQ_LEN))
+        plan = layout.pipeline(decoder.costs(VOCABULARY, SEQ_LEN))
         if plan is None:
-            model: Any = choice.build(**facts)
+            model: Any = decoder.build(**facts)
         else:
             stages: dict[int, Any] = {}
             for number in plan.stages_of(mesh.axis("pp").rank):
-                stages[number] = choice.build(span=spans_of(plan.layers)[number], first=stages.get(0), **facts)
+                stages[number] = decoder.build(span=spans_of(plan.layers)[number], first=stages.get(0), **facts)
             model = Stages(stages)
         initialise(model, SEED)
         recompute(model.layers, self.recompute)
         if self.compiled:
             model.compile_blocks(self.compiled)
         precision = Precision(compute="bf16" if self.parameters == "bf16" else "fp32", parameters=self.parameters)
-        names = tuple(name for name, _ in choice.build(n_valid=VOCABULARY, seq_len=SEQ_LEN).named_parameters())
+        names = tuple(name for name, _ in decoder.build(n_valid=VOCABULARY, seq_len=SEQ_LEN).named_parameters())
         parts = Parts(
             model, self.optimizer, mesh, Device("cpu"), precision, self.micro_batch, self.zero, plan, all_names=names
         )
-        return ENGINE[self.engine]().build(parts)
+        # so small parameters would be kept whole under ZeRO-3
+        choice = DeepSpeed(persistent_below=0) if self.engine == "deepspeed" else ENGINE[self.engine]()
+        return choice.build(parts)
 
 
 ONE = Case("gpipe", pp=1, micro_batch=ROWS)
