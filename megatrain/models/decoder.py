@@ -65,6 +65,9 @@ class Decoder:
     """Share of each sublayer's output and of the embedding that is dropped in training."""
     init_std: float = 0.02
     """Standard deviation of the weights at the start; those that feed the residual get less, by depth."""
+    z_loss: float = 0.0
+    """Weight of the squared log of the softmax's sum in the gradient, which keeps logits small; 1e-4 where it is used
+    (Chowdhery et al. 2022, arXiv:2204.02311, section 5). The loss that is reported is without it."""
     norm: Annotated[Any, NORM] = field(default_factory=RMSNorm)
     position: Annotated[Any, POSITION] = field(default_factory=Rotary)
     attention: Annotated[Any, ATTENTION] = field(default_factory=Causal)
@@ -87,6 +90,8 @@ class Decoder:
             )
         if not 0 <= self.dropout < 1:
             found.append(f"dropout={self.dropout}: it is a share from 0 to below 1")
+        if self.z_loss < 0:
+            found.append(f"z_loss={self.z_loss} must be at least 0")
         if found:
             return found
         if getattr(self.attention, "qk_norm_over", "head") == "width" and not hasattr(self.norm, "build_cut"):
@@ -193,9 +198,17 @@ class Decoder:
 class Head(nn.Module):
     """The output projection: rows of [v, d], cut over tensor-parallel ranks; tied, it holds the embedding's weight."""
 
-    def __init__(self, vocab_size: int, d_model: int, tp: TensorParallel, init_std: float, tied: nn.Parameter | None):
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        tp: TensorParallel,
+        init_std: float,
+        tied: nn.Parameter | None,
+        z_loss: float,
+    ):
         super().__init__()
-        self.tp = tp
+        self.tp, self.z_loss = tp, z_loss
         shard = vocabulary_shard(vocab_size, d_model, tp, normal(init_std))
         self.weight = parameter(shard) if tied is None else tied
         self.first = shard.parts[0].start
@@ -211,6 +224,7 @@ class Head(nn.Module):
             axis=self.tp.axis,
             first=self.first,
             n_valid=n_valid,
+            z_loss=self.z_loss,
         )
 
 
@@ -255,7 +269,7 @@ class DecoderModel(nn.Module):
             normalised = BLOCKS[c.norm.placement].ends_normalised
             self.norm = nn.Identity() if normalised else c.norm.build(c.d_model, tp)
             tied = self.embedding.weight if c.tie_embeddings and self.embedding is not None else None
-            self.head = Head(rows, c.d_model, tp, c.init_std, tied)
+            self.head = Head(rows, c.d_model, tp, c.init_std, tied, c.z_loss)
 
     @property
     def at_both_ends(self) -> tuple[str, ...]:

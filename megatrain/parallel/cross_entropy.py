@@ -23,7 +23,15 @@ GPU_CHUNK_BYTES = 2 * 2**30
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, *, axis: Axis, first: int, n_valid: int
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    axis: Axis,
+    first: int,
+    n_valid: int,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Sum over tokens of weight x cross-entropy of softmax(hidden W^T), in nats.
 
@@ -35,13 +43,16 @@ def linear_cross_entropy(
         axis: the tensor-parallel axis.
         first: number of this rank's first row.
         n_valid: size of the tokenizer's vocabulary; rows of the head beyond it are padding and take no part.
+        z_loss: gradients are those of the loss and of z_loss x weight x log(sum of exponentials)^2, which keeps logits
+            from drifting (Chowdhery et al. 2022, arXiv:2204.02311, section 5). The value is the loss alone, so that
+            runs with and without can be compared.
 
     Returns:
         float32 scalar.
     """
     n_local = max(0, min(weight.shape[0], n_valid - first))
     rows = chunk_rows(n_valid, axis.size, hidden.device.type)
-    return _LinearCrossEntropy.apply(hidden, weight, targets, weights, axis, first, n_local, rows)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, weights, axis, first, n_local, rows, z_loss)
 
 
 def chunk_rows(n_valid: int, size: int, device: str) -> int:
@@ -50,10 +61,13 @@ def chunk_rows(n_valid: int, size: int, device: str) -> int:
     return max(1, limit * size // (4 * n_valid))
 
 
-def reference(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, *, n_valid: int) -> Tensor:
-    """The same on one rank, the plain way: all logits at once."""
+def reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, *, n_valid: int, z_loss: float = 0.0
+) -> Tensor:
+    """The same on one rank, the plain way: all logits at once. Here the z-loss is a part of the value."""
     logits = (hidden @ weight[:n_valid].T).float()
-    return (torch.nn.functional.cross_entropy(logits, targets, reduction="none") * weights).sum()
+    squares = z_loss * logits.logsumexp(-1).square()
+    return ((torch.nn.functional.cross_entropy(logits, targets, reduction="none") + squares) * weights).sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -68,6 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         first: int,
         n_local: int,
         rows: int,
+        z_loss: float,
     ) -> Tensor:
         device = hidden.device.type
         asked = product_format(hidden)
@@ -82,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for begin in range(0, hidden.shape[0], rows):
                 here = slice(begin, begin + rows)
                 x = hidden[here].to(asked).to(dtype)
-                loss, grad, scale = chunk(x, head, targets[here], weights[here], axis, first, needs_grad)
+                loss, grad, scale = chunk(x, head, targets[here], weights[here], axis, first, needs_grad, z_loss)
                 total += loss
                 if grad_hidden is not None and grad_weight is not None:
                     grad = grad.to(dtype)
@@ -95,11 +110,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden.mul_(grads[0]), grad_weight.mul_(grads[0]), None, None, None, None, None, None
+        return grad_hidden.mul_(grads[0]), grad_weight.mul_(grads[0]), *[None] * 7
 
 
 def _chunk(
-    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, axis: Axis, first: int, needs_grad: bool
+    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, axis: Axis, first: int, needs_grad: bool, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(weighted loss sum of a chunk, gradient [n, v] with respect to its logits, scale [n, 1] it is yet to be given).
 
@@ -116,23 +131,32 @@ def _chunk(
     exponentials = logits.exp_()
     total, hit = _over_ranks(torch.stack([exponentials.sum(-1), hit]), axis, "sum").unbind()
     loss = ((total.log() - hit) * weights).sum()
+    if z_loss:  # the gradient of log^2 is twice log times softmax
+        exponentials *= 1 + 2 * z_loss * (total.log() + top)[:, None]
     if n_local:
         exponentials.scatter_add_(-1, local, -total.masked_fill(absent, 0.0)[:, None])
     return loss, exponentials, (weights / total)[:, None]
 
 
 def _chunk_on_gpu(
-    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, axis: Axis, first: int, needs_grad: bool
+    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, axis: Axis, first: int, needs_grad: bool, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same by kernels that make the gradient where the logits are, scaled already."""
     from megatrain.parallel import softmax_kernel  # Triton comes with torch for GPUs only
 
     logits = x @ head.T
-    if axis.size == 1 and needs_grad:
+    if axis.size == 1 and needs_grad and not z_loss:
         found = softmax_kernel.statistics_and_gradient_(logits, targets, weights)
     else:
         found = _merged(softmax_kernel.statistics(logits, targets, first), axis)
-        if needs_grad:
+        if needs_grad and z_loss:
+            # w (softmax - onehot) + 2 z log w softmax = w (1 + 2 z log) (softmax - onehot) + 2 z log w onehot
+            more = 2 * z_loss * (found[1].log() + found[0]) * weights
+            softmax_kernel.gradient_(logits, targets, weights + more, found, first)
+            absent = (targets < first) | (targets >= first + head.shape[0])
+            local = (targets - first).masked_fill(absent, 0)[:, None]
+            logits.scatter_add_(-1, local, more.masked_fill(absent, 0.0)[:, None].to(logits.dtype))
+        elif needs_grad:
             softmax_kernel.gradient_(logits, targets, weights, found, first)
     top, total, hit = found.unbind()
     return ((total.log() + top - hit) * weights).sum(), logits, None

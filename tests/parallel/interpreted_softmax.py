@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from megatrain.parallel import softmax_kernel
+from megatrain.parallel.cross_entropy import _chunk, _chunk_on_gpu
+from megatrain.parallel.mesh import ALONE
 
 softmax_kernel.BLOCK = 64  # several blocks a row, and a last one that is not full
 
@@ -28,6 +30,17 @@ def case(n: int, v: int, dtype: torch.dtype, scale: float) -> tuple[torch.Tensor
     weights = torch.rand(n, generator=g)
     weights[0] = 0.0
     return logits, torch.randint(0, v, (n,), generator=g), weights
+
+
+def with_z_loss() -> None:
+    """The head's path on a GPU gives the loss and the gradient of the one on a CPU."""
+    g = torch.Generator().manual_seed(2)
+    x, head, weights = torch.randn(5, 8, generator=g), torch.randn(70, 8, generator=g), torch.rand(5, generator=g)
+    targets = torch.tensor([0, 3, 69, 40, 64])
+    loss, gradient, scale = _chunk(x, head, targets, weights, ALONE, 0, True, 0.05)
+    found, whole, _ = _chunk_on_gpu(x, head, targets, weights, ALONE, 0, True, 0.05)
+    torch.testing.assert_close(found, loss)
+    torch.testing.assert_close(whole, gradient * scale, rtol=1e-5, atol=1e-5)
 
 
 def main() -> None:
@@ -52,6 +65,7 @@ def main() -> None:
         for x, first in zip(parts, firsts, strict=True):
             softmax_kernel.gradient_(x, targets, weights, merged, first)
         torch.testing.assert_close(torch.cat(parts, 1).double(), gradient, rtol=tolerance, atol=tolerance)
+    with_z_loss()
     print("equal")
 
 

@@ -62,6 +62,19 @@ def test_under_autocast_products_are_bf16_and_the_sum_is_float32():
     assert_near(head.grad, rounded[1].grad, 2e-2)
 
 
+def test_z_loss_is_in_the_gradient_and_not_in_the_value():
+    hidden, head, targets, weights = inputs(29, 23)
+    plain, found = (
+        linear_cross_entropy(hidden, head, targets, weights, axis=ALONE, first=0, n_valid=23, z_loss=z)
+        for z in (0.0, 0.05)
+    )
+    assert torch.equal(plain, found)
+    exact = reference(hidden.double(), head.double(), targets, weights.double(), n_valid=23, z_loss=0.05)
+    for a, b, c in zip(*(torch.autograd.grad(x, [hidden, head]) for x in (found, exact, plain)), strict=True):
+        assert_near(a, b)
+        assert not torch.allclose(a, c, rtol=1e-2)
+
+
 def test_padding_rows_of_the_head_take_no_part_and_get_no_gradient():
     hidden, head, targets, weights = inputs(29, 23)
     with torch.no_grad():
@@ -121,18 +134,18 @@ def cut_against_whole(n: int) -> None:
     axis = Mesh.of(tp=n).at(dist.get_rank()).connect().axis("tp")
     tp = TensorParallel(axis)
     for n_rows, n_valid, chunk in CASES:
-        for autocast in (False, True):
+        for autocast, z_loss in ((False, 0.0), (True, 0.0), (False, 0.1)):
             cross_entropy.CHUNK_BYTES = chunk * 4 * n_valid // n
             hidden, head, targets, weights = inputs(n_rows, n_valid)
             first, stop = tp.rows(n_rows)
             local = head.detach()[first:stop].clone().requires_grad_()
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 found = linear_cross_entropy(
-                    tp.enter(hidden), local, targets, weights, axis=axis, first=first, n_valid=n_valid
+                    tp.enter(hidden), local, targets, weights, axis=axis, first=first, n_valid=n_valid, z_loss=z_loss
                 )
-            exact = reference(hidden, head, targets, weights, n_valid=n_valid)
             tolerance = 2e-2 if autocast else 3e-6
-            assert_near(found, exact, tolerance)
+            assert_near(found, reference(hidden, head, targets, weights, n_valid=n_valid), tolerance)
+            exact = reference(hidden, head, targets, weights, n_valid=n_valid, z_loss=z_loss)
             grad_hidden, grad_local = torch.autograd.grad(found, [hidden, local])
             exact_hidden, exact_head = torch.autograd.grad(exact, [hidden, head])
             assert_near(grad_hidden, exact_hidden, tolerance)
