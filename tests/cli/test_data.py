@@ -62,3 +62,18 @@ def test_a_run_can_be_asked_when_it_saw_a_document(run_file, tmp_path, monkeypat
         assert found["steps"] == [step for step, documents in met.items() if document in documents]
     with pytest.raises(ConfigError, match="either --document ID or --contains TEXT"):
         CliRunner().invoke(command, ["seen", "runs/run"], catch_exceptions=False)
+
+
+def test_raw_text_is_indexed_and_traced_where_it_lies(run_file, tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.jsonl").write_bytes((run_file.parent / "a.jsonl").read_bytes())
+    tokenizer = run_file.parent / "data/tokenizer.json"
+    arguments = ["index", str(tmp_path / "text"), "--tokenizer", str(tokenizer), "--held-out", "0.2", "--workers", "1"]
+    result = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "train: " in result.output
+    assert "raw text in 1 shards" in result.output
+    other = tmp_path / "run.yaml"
+    other.write_text(RUN.replace("DATA", str(tmp_path / "text")))
+    assert trace(other, "--steps", "2:5") == trace(other, "--steps", "0:5", "--dp", "2")[2:]
+    assert CliRunner().invoke(command, ["verify", str(tmp_path / "text")]).exit_code == 0

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import logging
 import os
 import random
 import signal
@@ -16,8 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatrain.base.errors import ConfigError, DataError, RunError
+from megatrain.data import worker
 from megatrain.data.config import Data, WeightedSource
 from megatrain.data.feed import Feed
+from megatrain.data.rows import empty, pieces
+from megatrain.data.shards import Shard
+from megatrain.data.stream import Order, Stream
 from tests.data import twin
 from tests.data.corpora import END, documents, write
 
@@ -287,3 +292,45 @@ def test_workers_end_with_their_feed_and_ignore_the_signals_of_the_trainer(mixed
         assert os.getpgid(pid) != os.getpgid(0)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_a_worker_that_hangs_is_told_of_and_waited_for(folders, monkeypatch, caplog):
+    monkeypatch.setattr(worker, "_PATIENCE", 0.05)
+    with Feed.open(config(folders, workers=1), seed=0, global_batch=N_SLOTS) as feed:
+        expected = [next(feed).tokens for _ in range(worker.N_BUFFERS + 3)]
+    with Feed.open(config(folders, workers=1), seed=0, global_batch=N_SLOTS) as feed:
+        (pid,) = feed.worker_pids
+
+        class WakesIt(logging.Handler):
+            def emit(self, record):
+                if "has delivered nothing" in record.getMessage():
+                    told.append(record)
+                    os.kill(pid, signal.SIGCONT)
+
+        told, handler = [], WakesIt()
+        found = [next(feed).tokens]
+        os.kill(pid, signal.SIGSTOP)
+        logging.getLogger("megatrain").addHandler(handler)
+        try:
+            found += [next(feed).tokens for _ in range(worker.N_BUFFERS + 2)]
+        finally:
+            logging.getLogger("megatrain").removeHandler(handler)
+    assert told
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("batches", [0, 40, 4000, 400_000])
+def test_a_resume_touches_what_its_first_batch_holds_wherever_it_is(folders, monkeypatch, batches):
+    stream = Stream(Order(config(folders), 0, N_SLOTS))
+    stream.slots.tokens += 64 * batches // 3  # as if the sources had taken turns
+    stream.slots.batches = batches
+    cursors = stream.cursors()
+    opened, checked = [], []
+    column, damaged = Shard.column, Shard.damaged
+    monkeypatch.setattr(Shard, "column", lambda self, name: opened.append((self.name, name)) or column(self, name))
+    monkeypatch.setattr(Shard, "damaged", lambda self, number: checked.append(number) or damaged(self, number))
+    resumed = Stream(Order(config(folders), 0, N_SLOTS), cursors)
+    _, rows = resumed.fill(empty(*resumed.shape))
+    assert len(checked) <= len(list(pieces(rows)))
+    assert len({name for name, _ in opened}) <= 2 * N_SLOTS
+    assert len(opened) == len(set(opened))  # each column of an index once
