@@ -128,6 +128,10 @@ class Checkpoints:
 
     # -------------------------------------------------------------------------------------------- saving
 
+    def reserve(self, slices: Iterable[Slice]) -> None:
+        """Take the host memory of saves now, rather than in the step of the first."""
+        self._copy.reserve(slices)
+
     def save(
         self, step: int, slices: Iterable[Slice], state: Any, facts: dict[str, Any], *, asynchronous: bool = True
     ) -> None:

@@ -70,6 +70,16 @@ class HostCopy:
     def bytes(self) -> int:
         return self.pieces[-1].end if self.pieces else 0
 
+    def reserve(self, slices: Iterable[Slice]) -> None:
+        """Take memory for the counted slices, and touch it: the first save then costs no more than any other."""
+        counted = [s.values for s in slices if s.counted]
+        self._hold(sum(x.numel() * x.element_size() for x in counted), any(x.device.type != "cpu" for x in counted))
+        self._buffer.zero_()
+
+    def _hold(self, n_bytes: int, pinned: bool) -> None:
+        if self._buffer.numel() < n_bytes or self._buffer.is_pinned() != pinned:
+            self._buffer = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=pinned)
+
     @torch.no_grad()
     def take(self, slices: Iterable[Slice]) -> None:
         """Copy the counted slices. When this returns, their memory may change."""
@@ -83,8 +93,7 @@ class HostCopy:
             pieces.append(Piece(s.state, s.name, tuple(s.full_shape), s.matrix, s.box, s.values.dtype, at))
             at = pieces[-1].end
         devices = {s.values.device for s in counted if s.values.device.type != "cpu"}
-        if self._buffer.numel() < at or self._buffer.is_pinned() != bool(devices):
-            self._buffer = torch.empty(at, dtype=torch.uint8, pin_memory=bool(devices))
+        self._hold(at, bool(devices))
         for s, piece in zip(counted, pieces, strict=True):
             copy = self._buffer[piece.begin : piece.end].view(piece.dtype).view(s.values.shape)
             copy.copy_(s.values, non_blocking=True)

@@ -111,6 +111,8 @@ class Session:
         self.engine = build_engine(run, self.tokenizer, self.mesh, self.device)
         self.stack.callback(self.engine.close)
         self._restore(commit)
+        if run.checkpoint.every:
+            self.checkpoints.reserve(self.engine.slices())
         self.resumed_at = self.state.step
         refuse_drift(self.engine, self.exchange, self.resumed_at)
         if self.rank == 0:

@@ -61,6 +61,18 @@ def test_values_changed_after_an_asynchronous_save_returns_are_not_what_is_saved
     assert reader.state == {"cursors": [1, 2]}
 
 
+def test_memory_that_was_reserved_serves_every_save(tmp_path):
+    """Taking memory, and above all touching it for the first time, is as slow as copying into it."""
+    checkpoints, toy = Checkpoints(tmp_path), Toy(full_tensors())
+    checkpoints.reserve(toy.slices())
+    place = checkpoints._copy._buffer.data_ptr()
+    for step in (1, 2):
+        save(checkpoints, step, toy)
+        assert checkpoints._copy._buffer.data_ptr() == place
+    checkpoints.wait()
+    assert checkpoints._copy.bytes == checkpoints._copy._buffer.numel()
+
+
 def test_a_save_waits_for_the_one_before_it(tmp_path):
     passed = []
     checkpoints = Checkpoints(tmp_path, fault=passed.append)
