@@ -4,6 +4,7 @@
 #
 # PYTHON=python3.12 make setup   another interpreter
 # JOBS=8 make test               more processes
+# make test-layouts              every layout against one process; the figures
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -26,7 +27,7 @@ DEMO_STEPS ?= $(shell sed -n 's/^  steps: *//p' configs/run/tiny.yaml)
 DEMO := $(RUN) --nproc $(NPROC) train.steps=$(DEMO_STEPS)
 STDLIB = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 
-.PHONY: help setup demo test test-slow check bench clean
+.PHONY: help setup demo test test-slow test-layouts check bench clean
 
 help:
 	@sed -n 's/^# \{0,1\}//; 1,6p' $(firstword $(MAKEFILE_LIST))
@@ -66,6 +67,10 @@ test: setup
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'slow and not gpu' $(ARGS)
+
+# Every layout of tests/layouts/table.py against one process; writes tests/layouts/FIGURES.md.
+test-layouts: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'slow and not gpu' tests/layouts $(ARGS)
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -28,7 +28,12 @@ norms, and of each full gradient (the first step's, and the optimiser's average 
 |---|---|---|---|---|
 """
 BATCH = 16
-COMMON: dict[str, Any] = {"model__n_layers": 4, "train__global_batch": BATCH, "layout__micro_batch": 1}
+COMMON: dict[str, Any] = {
+    "model__n_layers": 4,
+    "train__global_batch": BATCH,
+    "layout__micro_batch": 1,
+    "optimizer__lr": 0.003,  # ten steps amplify roundings by it
+}
 
 RUNS: dict[str, dict[str, Any]] = {
     "llama": COMMON,
