@@ -17,6 +17,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,6 +40,8 @@ from megatrain.parallel.shard import Slice
 
 FILE_BYTES = 4 * 2**30
 WRITER_NICENESS = 10
+PATIENCE_SECONDS = 60.0
+"""Of waiting for a save without a word."""
 
 
 class Holder(Protocol):
@@ -166,7 +169,14 @@ class Checkpoints:
             CheckpointError: the save failed (with `go_on`, that is only counted).
         """
         if self._thread is not None:
-            self._thread.join()
+            began = time.monotonic()
+            while self._thread.is_alive():
+                self._thread.join(PATIENCE_SECONDS)
+                if self._thread.is_alive():
+                    waited = time.monotonic() - began
+                    warn(
+                        "a checkpoint is still being written after %.0f seconds of waiting: is the disk stuck?", waited
+                    )
             self._thread = None
         failure, self._failure = self._failure, None
         if failure is None:

@@ -84,7 +84,8 @@ def diff(a: str, b: str, as_json: bool) -> None:
 
 @command.command(short_help="Check every byte against its digest.")
 @click.argument("checkpoint")
-def verify(checkpoint: str) -> None:
+@as_json
+def verify(checkpoint: str, as_json: bool) -> None:
     """Check CHECKPOINT's files against the digests taken when it was written; names what is damaged, and exits 1.
 
     \b
@@ -93,24 +94,26 @@ def verify(checkpoint: str) -> None:
     from megatrain.checkpoint.read import find
 
     commit = find(checkpoint)
-    click.echo(
-        f"{commit.storage.describe(commit.folder)} is whole: {len(commit.manifest.files)} files, {commit.digest}"
-    )
+    files, where = commit.manifest.files.values(), commit.storage.describe(commit.folder)
+    answer = {"folder": where, "step": commit.step, "files": len(files), "bytes": sum(f.bytes for f in files)}
+    _say(answer | {"digest": commit.digest}, f"{where} is whole: {len(files)} files, {commit.digest}", as_json)
 
 
 @command.command(short_help="All weights in one safetensors file.")
 @click.argument("checkpoint")
 @click.argument("out", type=click.Path())
-def consolidate(checkpoint: str, out: str) -> None:
+@as_json
+def consolidate(checkpoint: str, out: str, as_json: bool) -> None:
     """Write CHECKPOINT's weights to the safetensors file OUT, under their own names.
 
     \b
     megatrain checkpoint consolidate runs/tiny tiny.safetensors
     """
-    from megatrain.checkpoint.read import find
+    from megatrain.checkpoint.read import find, only_weights
     from megatrain.checkpoint.stream import consolidate as write
 
-    click.echo(f"{out}: {write(find(checkpoint).reader(), out)} bytes")
+    n_bytes = write(find(checkpoint, states=only_weights).reader(), out)
+    _say({"file": out, "bytes": n_bytes}, f"{out}: {n_bytes} bytes", as_json)
 
 
 @command.command(short_help="The mean of several checkpoints' weights.")
@@ -119,7 +122,8 @@ def consolidate(checkpoint: str, out: str) -> None:
 @click.option(
     "--share", "shares", multiple=True, type=float, help="Of each checkpoint, in their order; equal if left out."
 )
-def average(checkpoints: tuple[str, ...], out: str, shares: tuple[float, ...]) -> None:
+@as_json
+def average(checkpoints: tuple[str, ...], out: str, shares: tuple[float, ...], as_json: bool) -> None:
     """Average the weights of CHECKPOINTS (of one model) into a checkpoint for generate and checkpoint.init_from.
 
     \b
@@ -128,7 +132,12 @@ def average(checkpoints: tuple[str, ...], out: str, shares: tuple[float, ...]) -
     from megatrain.checkpoint.stream import average as mean
 
     commit = mean(list(checkpoints), out, list(shares) or None)
-    click.echo(f"{out}: the mean of {len(checkpoints)} checkpoints, {commit.digest}")
+    words = f"{out}: the mean of {len(checkpoints)} checkpoints, {commit.digest}"
+    _say({"folder": out, "step": commit.step, "of": len(checkpoints), "digest": commit.digest}, words, as_json)
+
+
+def _say(answer: dict[str, Any], words: str, as_json: bool) -> None:
+    click.echo(json.dumps(answer, indent=1) if as_json else words)
 
 
 def _figure(value: Any) -> str:

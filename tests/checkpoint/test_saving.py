@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatrain.base.errors import CheckpointError
 from megatrain.checkpoint.checkpoints import Checkpoints
 from megatrain.checkpoint.config import Keep
-from megatrain.checkpoint.read import find
+from megatrain.checkpoint.read import find, only_weights
 from megatrain.checkpoint.storage import LocalStorage
 from megatrain.parallel.mesh import Mesh
 from tests.checkpoint.toy import Spec, Toy, full_tensors
@@ -59,6 +59,21 @@ def test_values_changed_after_an_asynchronous_save_returns_are_not_what_is_saved
     reader = checkpoints.newest().reader()
     assert all(torch.equal(reader.read_full(name, of), values) for (of, name), values in full.items())
     assert reader.state == {"cursors": [1, 2]}
+
+
+def test_a_save_that_hangs_is_said_again_and_again(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("megatrain.checkpoint.checkpoints.PATIENCE_SECONDS", 0.01)
+    said, stuck = threading.Event(), threading.Event()
+    monkeypatch.setattr("megatrain.checkpoint.checkpoints.warn", lambda words, waited: said.set())
+    checkpoints = Checkpoints(tmp_path, fault=lambda point: stuck.wait() if point == "before the files" else None)
+    save(checkpoints, 1)
+    waiting = threading.Thread(target=checkpoints.wait)
+    waiting.start()
+    assert said.wait(timeout=60)
+    assert steps(checkpoints) == []
+    stuck.set()
+    waiting.join()
+    assert steps(checkpoints) == [1]
 
 
 def test_memory_that_was_reserved_serves_every_save(tmp_path):
@@ -286,6 +301,9 @@ def save_and_load(folder: str, tp: int, dp: int) -> list:
         return []
     found, wanted = toy_of(mesh), toy_of(mesh, full_tensors())
     checkpoints.load(commit.reader(), found)
+    assert checkpoints.open(folder, only_weights).digest == commit.digest
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        checkpoints.open(f"{folder}/nowhere", only_weights)
     checkpoints.close()
     pairs = zip(found.slices(), wanted.slices(), strict=True)
     return [commit.reader().state, all(torch.equal(a.values, b.values) for a, b in pairs)]

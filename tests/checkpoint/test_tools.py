@@ -117,6 +117,28 @@ def test_weights_can_be_used_though_a_moment_is_damaged_and_only_then(tmp_path):
         find(tmp_path, states=only_weights)
 
 
+def test_every_tool_answers_in_json_where_it_is_asked_to(tmp_path):
+    whole = commit(tmp_path / "a", full_tensors())
+    a = str(tmp_path / "a")
+    asked = {
+        "inspect": ["inspect", a, "--no-norms"],
+        "diff": ["diff", a, a],
+        "verify": ["verify", a],
+        "consolidate": ["consolidate", a, str(tmp_path / "all.safetensors")],
+        "average": ["average", a, a, "--out", str(tmp_path / "soup")],
+    }
+    told = {name: json.loads(call(*words, "--json").output) for name, words in asked.items()}
+    assert told["diff"] == []
+    assert len(told["inspect"]["tensors"]) == len(SPECS) * len(STATES)
+    assert told["verify"] == {
+        "folder": f"{a}/step-00000001", "step": 1, "files": 4, "digest": whole.digest,
+        "bytes": sum(file.bytes for file in whole.manifest.files.values()),
+    }  # fmt: skip
+    assert told["consolidate"]["bytes"] == (tmp_path / "all.safetensors").stat().st_size
+    assert told["average"] == {"folder": str(tmp_path / "soup"), "step": 1, "of": 2,
+                               "digest": find(tmp_path / "soup").digest}  # fmt: skip
+
+
 def test_one_file_holds_all_weights_under_their_names(tmp_path):
     full = full_tensors()
     commit(tmp_path, full)

@@ -233,6 +233,10 @@ def test_names_of_expected_packages_are_placeholders_and_nothing_of_theirs_runs(
         b"\x80\x02}q\x00(X\x01\x00\x00\x00aq\x01BINGET",
         b"(" * 100_000,
         b"\x80\x04\x95" + b"\xff" * 8,
+        b"\x80\x04\x8e" + (2**60).to_bytes(8, "little"),  # so many bytes follow
+        b"\x80\x04\x8d" + (2**62).to_bytes(8, "little") + b"x",  # a text as long
+        b"\x80\x02\x8b\xff\xff\xff\x7f",  # a number of 2 GiB
+        b"\x80\x02" + b"]" * 10 + b"r\xff\xff\xff\x7f.",  # the memo's last place
     ],
 )
 def test_damaged_pickles_are_refused_in_words(text, tmp_path):

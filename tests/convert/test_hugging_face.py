@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from megatrain.base.errors import CheckpointError, ConfigError
+from megatrain.base.errors import CheckpointError, ConfigError, FailedCheckpointError
 from megatrain.checkpoint.read import find
 from megatrain.checkpoint.stream import write_checkpoint
 from megatrain.convert import hugging_face
@@ -226,6 +226,26 @@ def test_pickled_weights_are_refused(tmp_path):
     (tmp_path / "theirs" / "model.safetensors").rename(tmp_path / "theirs" / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"pickled \(pytorch_model.bin\), which can execute code"):
         from_hugging_face(tmp_path / "theirs", tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (2**60).to_bytes(8, "little"),
+        (2**22).to_bytes(8, "little") + b"{}",
+        (10).to_bytes(8, "little") + b"[" * 10,
+        (200_000).to_bytes(8, "little") + b'{"a":' + b"[" * 199_995,
+        b"\x80\x04cos\nsystem\n(S'true'\ntR.",
+        b"",
+    ],
+    ids=["2^60", "too long", "nested", "deep", "a pickle", "empty"],
+)
+def test_header_bombs_and_pickles_in_the_place_of_weights_are_refused(data, tmp_path):
+    make(tmp_path / "theirs", "gpt2", GPT2 | {"n_layer": 1})
+    (tmp_path / "theirs" / "model.safetensors").write_bytes(data)
+    with pytest.raises(FailedCheckpointError, match=r"model\.safetensors"):
+        from_hugging_face(tmp_path / "theirs", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
 
 
 def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
