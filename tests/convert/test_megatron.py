@@ -18,6 +18,7 @@ from megatrain.base.errors import CheckpointError, FailedCheckpointError
 from megatrain.checkpoint.read import find
 from megatrain.convert.megatron import from_megatron
 from megatrain.convert.torch_dist import DistFolder
+from tests.convert.test_deepspeed import Payload
 from tests.ranks import run
 
 SIZES = {
@@ -224,14 +225,6 @@ def test_ranks_that_are_missing_or_disagree_are_refused(tmp_path):
         from_megatron(folder, tmp_path / "ours")
     with pytest.raises(CheckpointError, match="holds no checkpoint of Megatron-LM"):
         from_megatron(tmp_path, tmp_path / "ours")
-
-
-class Payload:
-    def __init__(self, function, *args):
-        self.function, self.args = function, args
-
-    def __reduce__(self):
-        return self.function, self.args
 
 
 def test_payloads_in_every_pickled_file_are_refused_and_not_called(tmp_path):

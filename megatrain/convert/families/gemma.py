@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from megatrain.convert.families import FAMILY
-from megatrain.convert.families.llama import Llama, shared_config, whole_rope
+from megatrain.convert.families.llama import Llama, shared_config, shared_section
 from megatrain.convert.table import Theirs
 
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu")
@@ -21,20 +21,9 @@ class Gemma(Llama):
         theirs.must("hidden_activation", ACTIVATIONS, "our GeGLU is approximated by tanh here")
         theirs.must("use_bidirectional_attention", [False], "our decoder looks back only")
         theirs.must("attention_bias", [False], "our output projection has a bias only with the feed-forward's")
-        n_heads = theirs.need("num_attention_heads")
-        return {
-            "kind": "decoder",
-            "vocab_size": theirs.need("vocab_size"),
-            "d_model": theirs.need("hidden_size"),
-            "n_layers": theirs.need("num_hidden_layers"),
-            "n_heads": n_heads,
-            "n_kv_heads": theirs.get("num_key_value_heads", n_heads),
-            "head_dim": theirs.get("head_dim", 256),
-            "d_ff": theirs.need("intermediate_size"),
-            "tie_embeddings": theirs.get("tie_word_embeddings", True),
+        return shared_section(theirs, head_dim=256, tied=True) | {
             "scale_embeddings": True,
             "norm": {"kind": "zero_centred_rms_norm", "eps": theirs.get("rms_norm_eps", 1e-6)},
-            "position": whole_rope(theirs),
             "attention": {"kind": "causal"},
             "feed_forward": {"kind": "geglu", "approximate": "tanh"},
         }

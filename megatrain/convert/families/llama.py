@@ -60,19 +60,8 @@ class Llama:
     def model(self, theirs: Theirs) -> dict[str, Any]:
         """Our `model` section."""
         theirs.must("hidden_act", ["silu"], "our gated feed-forward has SiLU")
-        n_heads = theirs.need("num_attention_heads")
-        return {
-            "kind": "decoder",
-            "vocab_size": theirs.need("vocab_size"),
-            "d_model": theirs.need("hidden_size"),
-            "n_layers": theirs.need("num_hidden_layers"),
-            "n_heads": n_heads,
-            "n_kv_heads": theirs.get("num_key_value_heads", n_heads),
-            "head_dim": theirs.get("head_dim"),
-            "d_ff": theirs.need("intermediate_size"),
-            "tie_embeddings": theirs.get("tie_word_embeddings", False),
+        return shared_section(theirs) | {
             "norm": {"kind": "rms_norm", "eps": theirs.get("rms_norm_eps", 1e-6)},
-            "position": whole_rope(theirs),
             "attention": self.attention(theirs),
             "feed_forward": {"kind": "swiglu", "bias": theirs.get("mlp_bias", False)},
         }
@@ -125,6 +114,23 @@ class Llama:
     def config(self, model: Any) -> dict[str, Any]:
         """Their keys; the sizes that every family shares are added by the caller."""
         return shared_config(model) | {"attention_bias": model.attention.bias, "mlp_bias": model.feed_forward.bias}
+
+
+def shared_section(theirs: Theirs, *, head_dim: int | None = None, tied: bool = False) -> dict[str, Any]:
+    """What the whole kin of Llama has in common of our `model` section; `head_dim` and `tied` where they do not say."""
+    n_heads = theirs.need("num_attention_heads")
+    return {
+        "kind": "decoder",
+        "vocab_size": theirs.need("vocab_size"),
+        "d_model": theirs.need("hidden_size"),
+        "n_layers": theirs.need("num_hidden_layers"),
+        "n_heads": n_heads,
+        "n_kv_heads": theirs.get("num_key_value_heads", n_heads),
+        "head_dim": theirs.get("head_dim", head_dim),
+        "d_ff": theirs.need("intermediate_size"),
+        "tie_embeddings": theirs.get("tie_word_embeddings", tied),
+        "position": whole_rope(theirs),
+    }
 
 
 def whole_rope(theirs: Theirs) -> dict[str, Any]:
