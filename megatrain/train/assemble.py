@@ -31,14 +31,16 @@ from megatrain.data.slots import merged
 from megatrain.engine.dtypes import dtype_table, lines
 from megatrain.engine.guard import Guarded
 from megatrain.engine.layout import resolve_engine
+from megatrain.engine.schedules import PipelinePlan
 from megatrain.nn.batch import Batch
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.product import CPU_MULTIPLIES_BF16
 from megatrain.report.page import write_report
 from megatrain.train.agreement import Drift, refuse_disagreement, refuse_drift
-from megatrain.train.build import build_engine, context_part, open_feed
+from megatrain.train.build import build_engine, context_part, open_feed, pipeline_of
 from megatrain.train.check import refuse
 from megatrain.train.config import Run
+from megatrain.train.examine import examine
 from megatrain.train.folder import RunFolder
 from megatrain.train.hook import Handle, Hook, Record
 from megatrain.train.hooks.console import Console
@@ -190,6 +192,11 @@ class Session:
             moments=self.run.optimizer.moments,
         )
 
+    @cached_property
+    def pipeline(self) -> PipelinePlan | None:
+        """Schedule and stages, if there are any."""
+        return pipeline_of(self.run, self.tokenizer)
+
     def facts(self) -> dict[str, Any]:
         """What does not change while the run goes on."""
         return {
@@ -198,6 +205,7 @@ class Session:
             "parameters": self.n_parameters,
             "ranks": self.identity.world,
             "mesh": {a: self.mesh.axis(a).size for a in ("pp", "dp", "cp", "tp")},
+            "stages": None if self.pipeline is None else list(self.pipeline.layers),
             "engine": self.resolved.engine,
             "zero": self.resolved.zero,
             "device": self.device.name(),
@@ -309,6 +317,7 @@ class Session:
             facts=self.facts() | {"peak_flops": throughput.peak, "peak_source": throughput.peak_source},
             config=self.run.shown(),
             evaluate=self.evaluate,
+            examine=self.examine,
             save=self.save,
             stop=self._stop,
             note=self.note,
@@ -341,6 +350,8 @@ class Session:
         )
         for line in lines(self.dtypes):
             log("  %s", line)
+        if self.pipeline is not None:
+            log("pipeline: schedule %s, layers of each stage %s", self.run.layout.schedule, f["stages"])
         if self.resumed_at:
             log("resumed at step %d of %d", self.resumed_at, self.run.total_steps)
 
@@ -392,6 +403,11 @@ class Session:
             self.state.step, self.engine.slices(), state, facts, asynchronous=self.run.checkpoint.async_
         )
         self.note("saved", asynchronous=self.run.checkpoint.async_)
+
+    def examine(self) -> Record:
+        """The documents, gradient norms and activations of the step whose record hooks are told now."""
+        assert self.trainer.delivered is not None
+        return examine(self.trainer.delivered, self.run, self.engine, self.exchange, self.manifests)
 
     def _stop(self) -> None:
         self.trainer.stopping = True

@@ -29,7 +29,7 @@ def build_engine(run: Run, tokenizer: TokenizerEntry, mesh: Mesh, device: Device
     resolved = resolve_engine(run.layout, mesh.size)
     tp = TensorParallel(mesh.axis("tp"), run.layout.cuts_sequence)
     cp = run.layout.context(mesh)
-    plan = run.layout.pipeline(run.model.costs(tokenizer.vocab_size, run.data.seq_len))
+    plan = pipeline_of(run, tokenizer)
     with device.torch:  # a rank's own part only, where it will be: a host has no room for eight whole models
         model = build_model(run, plan, mesh, n_valid=tokenizer.vocab_size, seq_len=run.data.seq_len, tp=tp, cp=cp)
     initialise(model, run.seed)
@@ -68,6 +68,11 @@ def _quantised(run: Run, model: Any, tp: TensorParallel, device: Device) -> dict
     if why_not := eight_bits.card_problem(device.capability()):
         raise ConfigError(why_not)
     return quantise(model, eight_bits, run.model.n_layers, tp.axis)
+
+
+def pipeline_of(run: Run, tokenizer: TokenizerEntry) -> PipelinePlan | None:
+    """Schedule and stages of the run's model; None where one rank holds all layers."""
+    return run.layout.pipeline(run.model.costs(tokenizer.vocab_size, run.data.seq_len))
 
 
 def build_model(run: Run, plan: PipelinePlan | None, mesh: Mesh, **facts: Any) -> Any:

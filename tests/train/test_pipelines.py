@@ -39,6 +39,7 @@ def test_a_pipeline_stopped_and_resumed_in_one_process_is_the_same_run(path: str
     folder = Path(path).parent / "runs/to-one"
     (started,) = events(folder, "started")
     assert started["facts"]["mesh"]["pp"] == 2
+    assert sum(started["facts"]["stages"]) == 4
     assert started["facts"]["parameters"] == events(straight, "started")[0]["facts"]["parameters"]
     train(path, ["name=to-one"])
     assert [e["step"] for e in events(folder, "resumed")] == [6]
