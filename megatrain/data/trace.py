@@ -6,7 +6,7 @@ from typing import Any
 
 from megatrain.data.config import Data
 from megatrain.data.feed import Feed
-from megatrain.data.manifest import TRAIN
+from megatrain.data.manifest import TRAIN, Manifest
 from megatrain.data.rows import Rows, empty, pieces
 from megatrain.data.stream import Order, Stream
 
@@ -43,6 +43,15 @@ def trace(
     finally:
         for feed in feeds:
             feed.close()
+
+
+def documents_of(
+    data: Data, *, seed: int, global_batch: int, cursors: Any, manifests: tuple[Manifest, ...] | None = None
+) -> list[str]:
+    """Ids of the documents in the global batch that begins where the slots stand at `cursors` (None: the first)."""
+    stream = Stream(Order(data, seed, global_batch, manifests=manifests), cursors)
+    _, rows = stream.fill(empty(*stream.shape))
+    return documents(rows)["documents"]
 
 
 def documents(rows: Rows) -> dict[str, list[str]]:

@@ -13,6 +13,7 @@ from megatrain.engine.schedules import PipelinePlan, PipelineSchedule
 from megatrain.nn.batch import Batch
 from megatrain.nn.precision.fp8 import Fp8
 from megatrain.nn.precision.int8 import Int8
+from megatrain.optim.norm import ByParameter
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.shard import Slice
 
@@ -29,6 +30,8 @@ class StepReport:
     """2-norm of the gradient of `loss` over all parameters, before clipping."""
     skipped: Tensor
     """1 if the gradient was not finite and nothing was changed, else 0."""
+    by_parameter: ByParameter | None = None
+    """Squares of the gradient that this rank counts, by parameter."""
 
 
 FP16 = "; fp16 has too small a range for gradients without loss scaling, which is not offered: bf16 needs none"
@@ -119,6 +122,9 @@ class Engine(Protocol):
 
     A choice also has `unsupported_reasons(case: EngineCase) -> list[str]`, which is asked before anything is built.
     """
+
+    parts: "Parts"
+    """What it was built from."""
 
     def step(self, batch: Batch, lr: float) -> StepReport:
         """One optimiser step on this rank's rows of a global batch, in micro-batches."""

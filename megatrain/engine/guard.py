@@ -141,6 +141,7 @@ class Guarded:
 
     def __init__(self, engine: Engine, guard: Guard, device: torch.device):
         self.engine, self.guard, self.device = engine, guard, device
+        self.parts = engine.parts
 
     def step(self, batch: Batch, lr: float) -> StepReport:
         if self.guard.due(batch.step):

@@ -5,6 +5,7 @@ Everything stays on the device: no number is brought to the host.
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,46 @@ def counted_and_copies(shard: Shard, local: Tensor) -> tuple[list[Tensor], list[
     counted = [piece for part, piece in zip(shard.parts, pieces, strict=True) if part.counted]
     copies = [piece for part, piece in zip(shard.parts, pieces, strict=True) if not part.counted]
     return counted, copies
+
+
+@dataclass
+class Pieces:
+    """This rank's pieces of a gradient, each with the name of its parameter."""
+
+    names: list[str] = field(default_factory=list)
+    counted: list[Tensor] = field(default_factory=list)
+    copies: list[Tensor] = field(default_factory=list)
+    """Pieces that are counted on another rank."""
+
+    def add(self, name: str, piece: Tensor, counted: bool) -> None:
+        if not counted:
+            self.copies.append(piece)
+        elif piece.numel():
+            self.names.append(name)
+            self.counted.append(piece)
+
+    def squares(self, device: torch.device) -> tuple[Tensor, "ByParameter"]:
+        """As `squared_norm`, and the same apart by parameter."""
+        apart = torch.zeros(0, dtype=torch.float64, device=device)
+        if self.counted:
+            apart = torch.stack(torch._foreach_norm(self.counted)).double().square()
+        return apart.sum() + 0 * _squares(self.copies, device), ByParameter(self.names, apart)
+
+
+@dataclass(frozen=True)
+class ByParameter:
+    """Squared norms of what this rank counts, still on the device: one for each name, which may come more than once."""
+
+    names: list[str]
+    squares: Tensor
+    """float64 [n]"""
+
+    def read(self) -> dict[str, float]:
+        """Sums of squares by parameter. Waits for the device."""
+        found: dict[str, float] = {}
+        for name, square in zip(self.names, self.squares.tolist(), strict=True):
+            found[name] = found.get(name, 0.0) + square
+        return found
 
 
 def squared_norm(counted: Iterable[Tensor], copies: Iterable[Tensor], device: torch.device) -> Tensor:

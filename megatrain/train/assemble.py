@@ -40,6 +40,7 @@ from megatrain.train.agreement import Drift, refuse_disagreement, refuse_drift
 from megatrain.train.build import build_engine, context_part, open_feed, pipeline_of
 from megatrain.train.check import refuse
 from megatrain.train.config import Run
+from megatrain.train.examine import examine
 from megatrain.train.folder import RunFolder
 from megatrain.train.hook import Handle, Hook, Record
 from megatrain.train.hooks.console import Console
@@ -316,6 +317,7 @@ class Session:
             facts=self.facts() | {"peak_flops": throughput.peak, "peak_source": throughput.peak_source},
             config=self.run.shown(),
             evaluate=self.evaluate,
+            examine=self.examine,
             save=self.save,
             stop=self._stop,
             note=self.note,
@@ -401,6 +403,11 @@ class Session:
             self.state.step, self.engine.slices(), state, facts, asynchronous=self.run.checkpoint.async_
         )
         self.note("saved", asynchronous=self.run.checkpoint.async_)
+
+    def examine(self) -> Record:
+        """The documents, gradient norms and activations of the step whose record hooks are told now."""
+        assert self.trainer.delivered is not None
+        return examine(self.trainer.delivered, self.run, self.engine, self.exchange, self.manifests)
 
     def _stop(self) -> None:
         self.trainer.stopping = True

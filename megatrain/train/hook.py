@@ -39,6 +39,8 @@ class Handle:
     """The resolved run file as plain values."""
     evaluate: Callable[[], Record] = dict
     """Held-out loss of the weights as they are now; every rank must call it."""
+    examine: Callable[[], Record] = dict
+    """What can be known of the step whose record is told now (`train.examine`); every rank must call it."""
     save: Callable[[float | None], None] = lambda held_out_loss: None
     """Write a checkpoint of the state as it is now, with its held-out loss if known; every rank must call it."""
     stop: Callable[[], None] = lambda: None

@@ -9,6 +9,7 @@ from megatrain.base.errors import PreemptedError, RunError
 from megatrain.base.readout import Readout
 from megatrain.engine.api import Engine
 from megatrain.nn.batch import Batch
+from megatrain.optim.norm import ByParameter
 from megatrain.train.hook import Hook, Record
 from megatrain.train.stop import StopVote
 
@@ -52,6 +53,11 @@ class Pending:
     begin: float
     numbers: Readout
     """Loss, gradient norm, skipped."""
+    batch: Batch
+    """This rank's rows of it."""
+    cursors: Any
+    """Of the data slots before it."""
+    by_parameter: ByParameter | None
     seconds: float | None = None
     """From its begin to that of the next step, once that is known."""
 
@@ -76,6 +82,8 @@ class Trainer:
     hooks: Sequence[Hook] = ()
     stopping: bool = False
     """Set by a hook, on every rank at the same step: stop after this one."""
+    delivered: Pending | None = None
+    """The step whose numbers hooks are told now."""
     _pending: Pending | None = None
 
     def run(self) -> None:
@@ -106,16 +114,20 @@ class Trainer:
         numbers = Readout(report.loss, report.grad_norm, report.skipped)
         self.deliver()
         self.state.step = number
+        before = self.state.cursors
         n_tokens = self.global_batch * batch.tokens.shape[1]
         self.state.tokens += n_tokens
         self.state.cursors = batch.cursors
-        self._pending = Pending(number, self.state.tokens, n_tokens, lr, waited, begin, numbers)
+        self._pending = Pending(
+            number, self.state.tokens, n_tokens, lr, waited, begin, numbers, batch, before, report.by_parameter
+        )
         if any(hook.due(number) for hook in self.hooks):
             self.deliver()
 
     def deliver(self) -> None:
         """Read the numbers of the last step, which waits for it, and hand them to the hooks."""
-        pending, self._pending = self._pending, None
+        self.delivered = pending = self._pending
+        self._pending = None
         if pending is None:
             return
         loss, grad_norm, skipped = pending.numbers.values()

@@ -66,7 +66,7 @@ SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "optimizers": {
         "adamw": (),
         "adamw-lr*2": ("optimizer.lr=6e-3",),
-        "adamw_8bit": ("optimizer.kind=adamw_8bit",),
+        "adamw_8bit": ("optimizer.kind=adamw_8bit", "optimizer.lr=3e-3"),
         "muon": ("optimizer.kind=muon", "optimizer.lr=3e-3"),
         "muon-lr*2": ("optimizer.kind=muon", "optimizer.lr=6e-3"),
         "lion": ("optimizer.kind=lion", "optimizer.lr=6e-4"),

@@ -33,7 +33,7 @@ from megatrain.engine.kinds.plain import PlainEngine
 from megatrain.engine.passes import Passes, mean, summed
 from megatrain.engine.pipeline import passes_of
 from megatrain.nn.batch import Batch
-from megatrain.optim.norm import clip_divisor, global_norm, not_finite, squared_norm
+from megatrain.optim.norm import Pieces, clip_divisor, global_norm, not_finite
 from megatrain.optim.optimizer import guarded, set_lr, set_step_count, step_count
 from megatrain.optim.steps import load
 from megatrain.optim.whole import Held
@@ -255,13 +255,13 @@ class ZeroEngine:
         batch = batch.to(self.device)
         tokens = self.passes.global_tokens(batch)
         loss_sum = self._reduced_gradients_of(batch, tokens / self.data.size)  # DeepSpeed averages over the ranks
-        squared = squared_norm(*self._counted_and_copies(), self.device)
+        squared, by_parameter = self._pieces().squares(self.device)
         norm = global_norm(squared, (self.data, self.tp, self.pp))
         skipped = not_finite(norm)
         set_lr(self.optimizer, lr)
         with guarded(self.optimizer, clip_divisor(norm, self.parts.optimizer.clip), skipped):
             self.engine.step()
-        return StepReport(mean(summed(loss_sum, self.data), tokens), tokens, norm, skipped)
+        return StepReport(mean(summed(loss_sum, self.data), tokens), tokens, norm, skipped, by_parameter)
 
     def _reduced_gradients_of(self, batch: Batch, divisor: Tensor) -> Tensor:
         """Leave the reduced gradient in DeepSpeed's partitions; return this rank's loss sum."""
@@ -293,7 +293,7 @@ class ZeroEngine:
             if self.tp.size > 1:
                 p.register_hook(hook_of(shard_of(p)))
 
-    def _counted_and_copies(self) -> tuple[list[Tensor], list[Tensor]]:
+    def _pieces(self) -> Pieces:
         """This rank's partition of the gradient: what it counts, and what another tensor-parallel rank counts."""
         found = {}
         for group, pieces in self.zero.averaged_gradients.items():  # laid end to end, they are the flat partition
@@ -301,13 +301,12 @@ class ZeroEngine:
             for piece in pieces:
                 found[group, at] = piece
                 at += piece.numel()
-        counted: list[Tensor] = []
-        copies: list[Tensor] = []
+        pieces = Pieces()
         for held in self._fragments():
             flat = found[held.group, held.at].flatten()[: held.master.numel()]
             for piece in self.shards[held.name].boxes(held.start, flat.numel()):
-                (counted if piece.counted else copies).append(flat.narrow(0, piece.offset, piece.box.numel))
-        return counted, copies
+                pieces.add(held.name, flat.narrow(0, piece.offset, piece.box.numel), piece.counted)
+        return pieces
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.passes.evaluate(batch)

@@ -25,7 +25,7 @@ from megatrain.engine.passes import mean, summed
 from megatrain.engine.pipeline import passes_of
 from megatrain.models.stages import Stages
 from megatrain.nn.batch import Batch
-from megatrain.optim.norm import clip_divisor, global_norm, not_finite, squared_norm
+from megatrain.optim.norm import Pieces, clip_divisor, global_norm, not_finite
 from megatrain.optim.optimizer import guarded, set_lr, set_step_count, step_count
 from megatrain.optim.steps import load
 from megatrain.optim.whole import Held
@@ -104,36 +104,37 @@ class Fsdp2Engine:
         tokens = self.passes.global_tokens(batch)
         divisor = tokens / self.data.size  # fully_shard averages over the ranks
         loss_sum = self.passes.forward_backward(batch, divisor, self._backward)
-        counted, copies = self._counted_and_copies()
-        norm = global_norm(squared_norm(counted, copies, self.device), (self.data, self.tp, self.pp))
+        squared, by_parameter = self._pieces().squares(self.device)
+        norm = global_norm(squared, (self.data, self.tp, self.pp))
         skipped = not_finite(norm)
         set_lr(self.optimizer, lr)
         with guarded(self.optimizer, clip_divisor(norm, self.parts.optimizer.clip), skipped):
             self.optimizer.step()
         for h in self.rows.values():
             h.parameter.grad = h.master.grad = None
-        return StepReport(mean(summed(loss_sum, self.data), tokens), tokens, norm, skipped)
+        return StepReport(mean(summed(loss_sum, self.data), tokens), tokens, norm, skipped, by_parameter)
 
     def _backward(self, loss: Tensor, last: bool) -> None:
         """Gradients of all but the last micro-batch stay whole on each rank, in float32, and are reduced with its."""
         self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
         loss.backward()
 
-    def _counted_and_copies(self) -> tuple[list[Tensor], list[Tensor]]:
+    def _pieces(self) -> Pieces:
         """This rank's rows of the gradient: those it counts in the norm, and those another tp rank counts."""
-        trained = [h for h in self.rows.values() if h.parameter.requires_grad]
-        for h in trained:
+        trained = {name: h for name, h in self.rows.items() if h.parameter.requires_grad}
+        for h in trained.values():
             h.master.grad = h.gradient
-        sum_partial(((h.shard, h.master.grad.view(-1), h.start) for h in trained if h.master.grad is not None), self.tp)
+        sum_partial(
+            ((h.shard, h.master.grad.view(-1), h.start) for h in trained.values() if h.master.grad is not None), self.tp
+        )
         self.passes.sum_tied({n: h.master.grad for n, h in self.rows.items() if h.master.grad is not None})
-        counted: list[Tensor] = []
-        copies: list[Tensor] = []
-        for h in trained:
+        pieces = Pieces()
+        for name, h in trained.items():
             assert h.master.grad is not None
             flat = h.master.grad.reshape(-1)
             for piece in h.shard.boxes(h.start, flat.numel()) if flat.numel() else ():
-                (counted if piece.counted else copies).append(flat.narrow(0, piece.offset, piece.box.numel))
-        return counted, copies
+                pieces.add(name, flat.narrow(0, piece.offset, piece.box.numel), piece.counted)
+        return pieces
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         result = self.passes.evaluate(batch)

@@ -14,7 +14,7 @@ from megatrain.engine.api import ENGINE, Engine, EngineCase, Parts, Precision, S
 from megatrain.engine.gradients import Gradients, gradients_by_name, gradients_of, sum_partial
 from megatrain.engine.passes import mean, summed
 from megatrain.nn.batch import Batch
-from megatrain.optim.norm import clip_divisor, counted_and_copies, global_norm, not_finite, squared_norm
+from megatrain.optim.norm import Pieces, clip_divisor, counted_and_copies, global_norm, not_finite
 from megatrain.optim.optimizer import guarded, set_lr, set_step_count, step_count
 from megatrain.optim.steps import load
 from megatrain.optim.whole import Held
@@ -66,21 +66,23 @@ class PlainEngine:
         batch = batch.to(self.device)
         tokens = self.passes.global_tokens(batch)
         loss_sum = self._gradients_of(batch, tokens)
-        counted, copies = [], []
+        pieces = Pieces()
         for name, p in self.named.items():
             assert p.grad is not None
-            mine, others = counted_and_copies(self.shards[name], p.grad)
-            counted += mine
-            copies += others
+            for counted, parts in zip((True, False), counted_and_copies(self.shards[name], p.grad), strict=True):
+                for part in parts:
+                    pieces.add(name, part, counted)
             self.masters[name].grad = p.grad
-        norm = global_norm(squared_norm(counted, copies, self.device), (self.tp, self.pp))
+        squared, apart = pieces.squares(self.device)
+        by_parameter = apart if self.data.rank == 0 else None  # the others count the same copies
+        norm = global_norm(squared, (self.tp, self.pp))
         skipped = not_finite(norm)
         set_lr(self.optimizer, lr)
         with guarded(self.optimizer, clip_divisor(norm, self.parts.optimizer.clip), skipped):
             self.optimizer.step()
         self._publish()
         self.gradients.clear()
-        return StepReport(mean(summed(loss_sum, self.data), tokens), tokens, norm, skipped)
+        return StepReport(mean(summed(loss_sum, self.data), tokens), tokens, norm, skipped, by_parameter)
 
     def _gradients_of(self, batch: Batch, tokens: Tensor) -> Tensor:
         """Leave the gradient of the global mean loss in the parameters; return this rank's loss sum."""
