@@ -53,12 +53,13 @@ class Rotary:
         """Nothing is added to the embedded tokens."""
 
     def prepare(self, positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, each float32 [b, t, 1, width / 2].
+        """What each channel and what its pair's other one is multiplied by, each float32 [b, t, 1, width].
 
         Angles are float64: at a million tokens float32 knows them to a few hundredths of a radian only.
         """
         angles = positions[..., None, None] * self.rates(head_dim, positions.device)
-        return (angles.cos() * self.amplitude).float(), (angles.sin() * self.amplitude).float()
+        cos, sin = (angles.cos() * self.amplitude).float(), (angles.sin() * self.amplitude).float()
+        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
     def rotate(self, x: Tensor, tables: tuple[Tensor, Tensor], n_turned: int | None = None) -> Tensor:
         """Heads [b, t, heads, head_dim] with the first `n_turned` of them turned (all by default)."""
@@ -85,41 +86,49 @@ class Rotary:
         return [cls(), cls(theta=500_000.0), cls(share=0.5)]
 
 
-def _plainly_turned(x: Tensor, cos: Tensor, sin: Tensor, n: int) -> Tensor:
-    width = 2 * cos.shape[-1]
-    real, imaginary = x[:, :, :n, :width].chunk(2, -1)
-    turned = torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], -1).to(x.dtype)
+def _plainly_turned(x: Tensor, own: Tensor, other: Tensor, n: int) -> Tensor:
+    """One formula over every element, which a compiler makes one kernel of, in backward too.
+
+    A channel finds its pair's other one in the other half by a change of index; halves that are put together would be
+    written out first.
+    """
+    width = own.shape[-1]
     if width < x.shape[-1]:
-        turned = torch.cat([turned, x[:, :, :n, width:]], -1)
-    return turned if n == x.shape[2] else torch.cat([turned, x[:, :, n:]], 2)
+        return torch.cat([_plainly_turned(x[..., :width], own, other, n), x[..., width:]], -1)
+    others = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    turned = (x * own + others * other).to(x.dtype)
+    if n == x.shape[2]:
+        return turned
+    return torch.where(torch.arange(x.shape[2], device=x.device)[:, None] < n, turned, x)
 
 
 class _Turn(torch.autograd.Function):
     """A rotation; its gradient is the rotation back, so that only the small tables are kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, n: int) -> Tensor:
-        ctx.save_for_backward(cos, sin)
+    def forward(ctx: Any, x: Tensor, own: Tensor, other: Tensor, n: int) -> Tensor:
+        ctx.save_for_backward(own, other)
         ctx.n = n
         b, t, heads, width = x.shape
         by_head = x.new_empty(b, heads, t, width)  # as attention reads it
-        return _turn(x, cos, sin, n, by_head.transpose(1, 2))
+        return _turn(x, own, other, n, by_head.transpose(1, 2))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turn(grads[0], cos, -sin, ctx.n, grads[0].new_empty(grads[0].shape)), None, None, None
+        own, other = ctx.saved_tensors
+        return _turn(grads[0], own, -other, ctx.n, grads[0].new_empty(grads[0].shape)), None, None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, n: int, into: Tensor) -> Tensor:
+def _turn(x: Tensor, own: Tensor, other: Tensor, n: int, into: Tensor) -> Tensor:
     """Write the first `n` heads turned, and the others as they are, into `into`; sums are float32 at least."""
-    width = 2 * cos.shape[-1]
+    width = own.shape[-1]
     given, target = x[:, :, :n, :width], into[:, :, :n, :width]
-    turned = target if torch.result_type(x, cos) == x.dtype else torch.empty_like(given, dtype=cos.dtype)
-    torch.mul(given, torch.cat([cos, cos], -1), out=turned)
+    turned = target if torch.result_type(x, own) == x.dtype else torch.empty_like(given, dtype=own.dtype)
+    torch.mul(given, own, out=turned)
     (real, imaginary), (left, right) = given.chunk(2, -1), turned.chunk(2, -1)
-    left.addcmul_(imaginary, sin, value=-1)
-    right.addcmul_(real, sin)
+    for_left, for_right = other.chunk(2, -1)
+    left.addcmul_(imaginary, for_left)
+    right.addcmul_(real, for_right)
     if turned is not target:
         target.copy_(turned)
     if width < x.shape[3]:
