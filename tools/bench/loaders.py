@@ -359,6 +359,33 @@ def measure(name: str, root: Path, workers: int, n_batches: int) -> dict[str, An
     return {"tokens_per_second": tokens / seconds, "tokens_per_cpu_second": tokens / cpu, "batches": n}
 
 
+def lockstep(names: list[str], root: Path, cycles: int, n_batches: int, out: Path | None) -> None:
+    """All loaders in this process without workers, some batches each in turn: fair on a machine that is shared."""
+    import torch
+
+    torch.set_num_threads(1)
+    running: dict[str, Iterator[Any]] = {}
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for cycle in range(-2, cycles):  # the first two warm up
+        for name in names[cycle % len(names) :] + names[: cycle % len(names)]:  # nobody always comes after the same one
+            began = time.process_time()
+            for _ in range(n_batches):
+                if name not in running or next(running[name], None) is None:
+                    running[name] = ALL[name](root, 0).batches(None)
+                    next(running[name])
+            if cycle >= 0:
+                found[name].append(n_batches * ROWS * SEQ_LEN / (time.process_time() - began))
+    for name in names:
+        if out:
+            with open(out, "a") as file:
+                file.write(json.dumps({"loader": name, "lockstep": found[name]}) + "\n")
+        ratios = statistics.quantiles((a / b for a, b in zip(found[names[0]], found[name], strict=True)), n=4)
+        print(
+            f"{name:10s} {statistics.median(found[name]) / 1e6:6.1f}M tokens per CPU second, {names[0]} is "
+            f"{ratios[1]:.2f} [{ratios[0]:.2f} {ratios[2]:.2f}] times as fast"
+        )
+
+
 def resume(name: str, root: Path, workers: int) -> dict[str, Any]:
     """Seconds from a saved state to its first batch; imports are not counted."""
     import torch  # noqa: F401
@@ -378,6 +405,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--loaders", nargs="+", default=list(LOADERS), choices=list(ALL))
     parser.add_argument("--batches", type=int, default=400)
+    parser.add_argument("--lockstep", type=int, default=0, metavar="CYCLES", help="one process, no workers, in turns")
     parser.add_argument("--out", type=Path, help="a file that each measurement is appended to, as a JSON line")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -406,6 +434,8 @@ def compare(root: Path, options: argparse.Namespace) -> None:
         if not (root / f"ready-{name}").exists():
             run(root, options, "prepare", name, 0)
             (root / f"ready-{name}").touch()
+    if options.lockstep:
+        return lockstep(names, root, options.lockstep, options.batches, options.out)
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for _ in range(options.repeat):  # interleaved, so that a busy machine is busy for all
         for workers in options.workers:
