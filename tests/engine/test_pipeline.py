@@ -62,6 +62,7 @@ class Case:
     virtual: int | None = None
     parameters: str = "fp32"
     optimizer: Any = OPTIMIZER
+    steps: int = STEPS
 
     @property
     def ranks(self) -> int:
@@ -147,7 +148,7 @@ def tell(case: Case) -> Story:
     engine = case.engine_of(mesh)
     start = pieces_of(engine)
     reports, first = [], []
-    for k in range(STEPS):
+    for k in range(case.steps):
         reports.append(floats(engine.step(case.rows(batch_of(k), mesh), LR)))
         if k == 0:
             first = pieces_of(engine)
@@ -162,12 +163,12 @@ def tell_all(cases: list[Case]) -> list[Story]:
 
 
 @cache
-def one(tied: bool) -> Story:
-    return tell(dataclasses.replace(ONE, tied=tied))
+def one(tied: bool, steps: int) -> Story:
+    return tell(dataclasses.replace(ONE, tied=tied, steps=steps))
 
 
 def assert_equal(case: Case, stories: list[Story]) -> None:
-    expected = one(case.tied)
+    expected = one(case.tied, case.steps)
     for story in stories:
         assert [r[:2] for r in story.reports] == [pytest.approx(r[:2], rel=1e-5) for r in expected.reports], case
         assert [r[2] for r in story.reports] == [pytest.approx(r[2], rel=1e-5) for r in expected.reports], case
@@ -208,9 +209,22 @@ FOUR_RANKS = [
 ]
 
 
-@pytest.mark.parametrize("cases", [TWO_RANKS, FOUR_RANKS], ids=["2 ranks", "4 ranks"])
+EVERY_PAIR = [
+    Case(schedule, engine, zero, steps=10, tied=(engine, SCHEDULES[schedule].placement) != ("fsdp2", "v"), **axis)
+    for schedule in SCHEDULES
+    for engine, zero in (("plain", 0), ("fsdp2", 2))
+    for axis in ({"tp": 2}, {"cp": 2, "recompute": "full"}, {"dp": 2})
+]
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "cases",
+    [TWO_RANKS, FOUR_RANKS, pytest.param(EVERY_PAIR, marks=pytest.mark.slow)],
+    ids=["2 ranks", "4 ranks", "every pair"],
+)
 def test_pipelines_equal_one_process(cases):
-    for case, *stories in zip(cases, *run(tell_all, cases[0].ranks, cases), strict=True):
+    for case, *stories in zip(cases, *run(tell_all, cases[0].ranks, cases, timeout=1500), strict=True):
         assert_equal(case, stories)
 
 
