@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatrain.data.store import OBJECT_STORES, redacted
+from megatrain.data.store import problems as address_problems
+
 
 @dataclass(frozen=True, kw_only=True)
 class Keep:
@@ -67,6 +70,14 @@ class Checkpoint:
         found = []
         if self.every is not None and self.every < 1:
             found.append(f"every={self.every}: it must be at least 1 step, or left out")
+        if self.dir is not None:
+            found += [f"dir: {problem}" for problem in self._dir_problems(self.dir)]
         if self.init_from is not None and self.resume == "must":
             found.append("init_from starts a new run and resume=must refuses one: leave one of them out")
         return found
+
+    @staticmethod
+    def _dir_problems(place: str) -> list[str]:
+        if place.startswith(("http://", "https://")):
+            return [f"{redacted(place)} cannot be written to: name a folder, or {', '.join(OBJECT_STORES)}"]
+        return address_problems(place, allow_pipe=False)

@@ -49,6 +49,24 @@ def test_two_runs_under_one_folder_do_not_meet(tmp_path: Path, text_data: Path) 
     assert find(tmp_path / "runs/b").digest != find(tmp_path / "runs/a").digest
 
 
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("https://host/a", "https://host/a cannot be written to"),
+        ("ftp://host/a", "has scheme ftp: allowed are"),
+        ("s3://me:secret@bucket/a", "s3://bucket/a has a user or password"),
+        ("pipe:cat", "would run a command"),
+    ],
+)
+def test_a_place_that_cannot_hold_checkpoints_is_refused_without_its_secrets(
+    tmp_path: Path, text_data: Path, place: str, words: str
+) -> None:
+    path = write_run(tmp_path, text_data, checkpoint__dir=place)
+    with pytest.raises(ConfigError, match=words) as caught:
+        train(path)
+    assert "secret" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("every", "evaluated"), [(None, 6), (6, 0), (5, 2)])
 def test_the_best_cannot_be_kept_where_what_is_saved_is_not_evaluated(
     tmp_path: Path, text_data: Path, every: int | None, evaluated: int
