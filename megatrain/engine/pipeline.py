@@ -140,8 +140,8 @@ class PipelinePasses(Passes):
         """Give both copies the sum of their gradients, in place. `a + b` and `b + a` are the same bits."""
         other = self.pp.ranks[self.pp.size - 1 - self.pp.rank]
         for name in self.tied():
-            mine = gradients[name]
-            if mine.numel() == 0:
+            mine = gradients.get(name)
+            if mine is None or mine.numel() == 0:  # it is not trained, or other data-parallel ranks have its rows
                 continue
             theirs = torch.empty_like(mine)
             exchange = [

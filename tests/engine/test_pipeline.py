@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -91,7 +92,7 @@ class Case:
         mine = list(batch.split(ROWS // self.dp))[mesh.axis("dp").rank]
         return mine.context_part(self.layout().context(mesh).columns(SEQ_LEN))
 
-    def engine_of(self, mesh: Mesh) -> Engine:
+    def engine_of(self, mesh: Mesh, change: Callable[[Any], None] = lambda model: None) -> Engine:
         tp = TensorParallel(mesh.axis("tp"), self.tp > 1)
         decoder = dataclasses.replace(MODEL, tie_embeddings=self.tied)
         layout = self.layout()
@@ -105,6 +106,7 @@ class Case:
                 stages[number] = decoder.build(span=spans_of(plan.layers)[number], first=stages.get(0), **facts)
             model = Stages(stages)
         initialise(model, SEED)
+        change(model)
         recompute(model.layers, self.recompute)
         if self.compiled:
             model.compile_blocks(self.compiled)
@@ -339,3 +341,23 @@ def test_a_pattern_need_only_match_a_parameter_of_some_stage() -> None:
     for first, last, none in run(build_with_groups, 2):
         assert (first, last) == ("", "")
         assert "layers.5.*" in none
+
+
+def train_with_a_frozen_embedding() -> tuple[float, bool]:
+    case = Case("1f1b")
+    mesh = case.mesh()
+
+    def freeze(model: Any) -> None:
+        if model.embedding is not None:
+            model.embedding.weight.requires_grad_(False)
+
+    engine: Any = case.engine_of(mesh, freeze)
+    before = engine.model.embedding.weight.clone()
+    report = engine.step(case.rows(batch_of(0), mesh), LR)
+    return float(report.loss), torch.equal(engine.model.embedding.weight, before)
+
+
+def test_a_tied_embedding_that_is_not_trained_stays_as_it_is_at_both_ends() -> None:
+    for loss, unchanged in run(train_with_a_frozen_embedding, 2):
+        assert loss == pytest.approx(one(True, STEPS).reports[0][0], rel=1e-5)
+        assert unchanged
