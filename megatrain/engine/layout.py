@@ -49,8 +49,8 @@ class Layout:
     compile: Literal["auto", True, False] = "auto"
     """Compile each block with torch.compile; auto does so on a GPU, where it pays at any size."""
     recompute: str = "none"
-    """What is computed again in backward rather than kept: none, selective (attention), full (every block), or a shell
-    pattern over block numbers such as [0-3]."""
+    """What is computed again in backward rather than kept: none, elementwise (the activation of feed-forwards),
+    selective (attention), full (every block), or a shell pattern over block numbers such as [0-3]."""
 
     def problems(self) -> list[str]:
         sizes = {name: getattr(self, name) for name in ("tp", "pp", "cp", "ep", "dp", "micro_batch")}

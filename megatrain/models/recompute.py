@@ -11,19 +11,26 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-NONE, SELECTIVE, FULL = "none", "selective", "full"
+NONE, ELEMENTWISE, SELECTIVE, FULL = "none", "elementwise", "selective", "full"
+
+INSIDE = (ELEMENTWISE, SELECTIVE)
+"""Parts of a block: to be chosen before blocks are compiled, since the compiler must see them."""
 
 
 def recompute(layers: nn.ModuleDict, what: str) -> None:
     """Make the blocks in `layers` recompute.
 
     Args:
-        what: none; selective (the attention of every block, whose activations grow fastest with the sequence and are
-            cheap to make again); full (every block); or a shell pattern over block numbers: `[0-9]`, `*[02468]`.
+        what: none; elementwise (the activation of every feed-forward, the widest tensor of a block, which in a
+            compiled block no product is done again for); selective (the attention of every block, whose activations
+            grow fastest with the sequence and are cheap to make again); full (every block); or a shell pattern over
+            block numbers: `[0-9]`, `*[02468]`.
     """
     block: Any
     for name, block in layers.items():
-        if what == SELECTIVE:
+        if what == ELEMENTWISE:
+            block.feed_forward.project = _again(block.feed_forward.project)
+        elif what == SELECTIVE:
             block.attention.forward = _again(block.attention.forward)
         elif what == FULL or (what != NONE and fnmatchcase(name, what)):
             block.forward = _again(block.forward)
@@ -31,11 +38,11 @@ def recompute(layers: nn.ModuleDict, what: str) -> None:
 
 def unmatched(n_layers: int, what: str) -> list[str]:
     """A sentence if `what` is a pattern that matches no block."""
-    if what in (NONE, SELECTIVE, FULL) or any(fnmatchcase(str(i), what) for i in range(n_layers)):
+    if what in (NONE, *INSIDE, FULL) or any(fnmatchcase(str(i), what) for i in range(n_layers)):
         return []
     return [
-        f"layout.recompute is {what!r}, which is none of {NONE}, {SELECTIVE}, {FULL} and matches no block number "
-        f"from 0 to {n_layers - 1}: use one of them, or a pattern such as [0-3]"
+        f"layout.recompute is {what!r}, which is none of {NONE}, {ELEMENTWISE}, {SELECTIVE}, {FULL} and matches no "
+        f"block number from 0 to {n_layers - 1}: use one of them, or a pattern such as [0-3]"
     ]
 
 

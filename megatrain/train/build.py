@@ -13,7 +13,7 @@ from megatrain.engine.api import ENGINE, Engine, Parts
 from megatrain.engine.guard import Guard, Guarded
 from megatrain.engine.layout import resolve_engine
 from megatrain.engine.schedules import PipelinePlan
-from megatrain.models.recompute import SELECTIVE, recompute
+from megatrain.models.recompute import INSIDE, recompute
 from megatrain.models.stages import Stages, spans_of
 from megatrain.nn.batch import Batch
 from megatrain.nn.precision.quantised import Quantised
@@ -34,7 +34,7 @@ def build_engine(run: Run, tokenizer: TokenizerEntry, mesh: Mesh, device: Device
         model = build_model(run, plan, mesh, n_valid=tokenizer.vocab_size, seq_len=run.data.seq_len, tp=tp, cp=cp)
     initialise(model, run.seed)
     products = _quantised(run, model, tp, device)
-    inside = run.layout.recompute == SELECTIVE  # a part of the block, so the compiler must see it
+    inside = run.layout.recompute in INSIDE
     if inside:
         recompute(model.layers, run.layout.recompute)
     if run.layout.compiles(device.kind):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatrain.models.decoder import Decoder, DecoderModel
-from megatrain.models.recompute import recompute, unmatched
+from megatrain.models.recompute import INSIDE, recompute, unmatched
 from megatrain.nn.batch import Batch
 from megatrain.parallel.shard import initialise
 
@@ -13,11 +13,11 @@ def model(what: str, compiled: bool = False) -> DecoderModel:
     choice = Decoder(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, dropout=0.2)
     found = choice.build(n_valid=50, seq_len=64, seed=3)
     initialise(found, 0)
-    if what == "selective":
+    if what in INSIDE:
         recompute(found.layers, what)
     if compiled:
         found.compile_blocks("aot_eager")
-    if what != "selective":
+    if what not in INSIDE:
         recompute(found.layers, what)
     return found
 
@@ -46,7 +46,7 @@ def backward(found: DecoderModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile looks at it itself
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("what", ["selective", "full", "[0]"])
+@pytest.mark.parametrize("what", ["elementwise", "selective", "full", "[0]"])
 def test_losses_and_gradients_are_those_of_keeping_everything(what: str, compiled: bool) -> None:
     loss, gradients, _ = backward(model("none", compiled))
     again, same, _ = backward(model(what, compiled))
@@ -57,9 +57,10 @@ def test_losses_and_gradients_are_those_of_keeping_everything(what: str, compile
 
 
 def test_more_recomputation_keeps_less() -> None:
-    kept = {what: backward(model(what))[2] for what in ("none", "selective", "[0]", "full")}
+    kept = {what: backward(model(what))[2] for what in ("none", "elementwise", "selective", "[0]", "full")}
     assert kept["full"] < kept["[0]"] < kept["none"]
     assert kept["full"] < kept["selective"] < kept["none"]
+    assert kept["full"] < kept["elementwise"] < kept["none"]
 
 
 def test_a_pattern_that_matches_nothing_is_named() -> None:

@@ -46,7 +46,11 @@ class GeGLULayer(nn.Module):
         self.down = RowParallelLinear(d_ff, d_model, tp, init=normal(out_std), bias=choice.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.project(self.gate_up(x))
+
+    def project(self, gate_up: Tensor) -> Tensor:
+        """What follows the first product: it may be done again in backward, so that its widest tensor is not kept."""
+        gate, up = gate_up.chunk(2, -1)
         return self.down(F.gelu(gate, approximate=self.approximate) * up)
 
     def reference(self, x: Tensor) -> Tensor:

@@ -43,7 +43,11 @@ class GELULayer(nn.Module):
         self.down = RowParallelLinear(d_ff, d_model, tp, init=normal(out_std), bias=choice.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate=self.approximate))
+        return self.project(self.up(x))
+
+    def project(self, x: Tensor) -> Tensor:
+        """What follows the first product: it may be done again in backward, so that its widest tensor is not kept."""
+        return self.down(F.gelu(x, approximate=self.approximate))
 
     def reference(self, x: Tensor) -> Tensor:
         """x Phi(x) (or the paper's tanh form) in float64, on one rank."""

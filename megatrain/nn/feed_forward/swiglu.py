@@ -40,7 +40,11 @@ class SwiGLULayer(nn.Module):
         self.down = RowParallelLinear(d_ff, d_model, tp, init=normal(out_std), bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(gated(self.gate_up(x)))
+        return self.project(self.gate_up(x))
+
+    def project(self, gate_up: Tensor) -> Tensor:
+        """What follows the first product: it may be done again in backward, so that its widest tensor is not kept."""
+        return self.down(gated(gate_up))
 
     def reference(self, x: Tensor) -> Tensor:
         """The paper's equation 6 in float64, on one rank."""
