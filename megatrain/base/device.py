@@ -3,6 +3,7 @@
 import os
 import resource
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatrain.base.errors import ConfigError
@@ -108,6 +109,25 @@ class Device:
 
         if self.kind == "cuda":
             torch.accelerator.synchronize()
+
+
+class MemoryHistory:
+    """Which line asked for which piece of a card's memory; nothing where there is no card."""
+
+    def start(self) -> None:
+        import torch
+
+        self._card = torch.cuda.is_available()
+        if self._card:
+            torch.cuda.memory._record_memory_history(max_entries=100_000)
+
+    def write(self, path: Path) -> None:
+        """Write what was recorded since `start`, as torch's memory viewer reads it, and record no more."""
+        import torch
+
+        if self._card:
+            torch.cuda.memory._dump_snapshot(str(path))
+            torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def _measured_peak(device: "torch.device", dtype: "torch.dtype", n: int = 512) -> float:
