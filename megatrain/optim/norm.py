@@ -42,11 +42,13 @@ class Pieces:
             self.counted.append(piece)
 
     def squares(self, device: torch.device) -> tuple[Tensor, "ByParameter"]:
-        """As `squared_norm`, and the same apart by parameter."""
-        apart = torch.zeros(0, dtype=torch.float64, device=device)
-        if self.counted:
-            apart = torch.stack(torch._foreach_norm(self.counted)).double().square()
-        return apart.sum() + 0 * _squares(self.copies, device), ByParameter(self.names, apart)
+        """Sum of squares of all counted elements, and the same apart by parameter.
+
+        The sum is a float64 scalar, so that no finite gradient has an infinite square. Copies add nothing; but where
+        one is not finite, the sum is NaN, since this rank would step on it.
+        """
+        apart = _squares(self.counted, device)
+        return apart.sum() + 0 * _squares(self.copies, device).sum(), ByParameter(self.names, apart)
 
 
 @dataclass(frozen=True)
@@ -66,18 +68,17 @@ class ByParameter:
 
 
 def squared_norm(counted: Iterable[Tensor], copies: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Sum of squares of all counted elements: a float64 scalar, so that no finite gradient has an infinite square.
-
-    Copies add nothing; but where one is not finite, the sum is NaN, since this rank would step on it.
-    """
-    return _squares(counted, device) + 0 * _squares(copies, device)
+    """The first of `Pieces.squares`, of pieces without names."""
+    found = [piece for piece in counted if piece.numel()]
+    return Pieces([""] * len(found), found, list(copies)).squares(device)[0]
 
 
 def _squares(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    """float64 [n]: the sum of squares of each; of none, a tensor of none."""
     tensors = [t for t in tensors if t.numel()]
     if not tensors:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
+        return torch.zeros(0, dtype=torch.float64, device=device)
+    return torch.stack(torch._foreach_norm(tensors)).double().square()
 
 
 def global_norm(squared: Tensor, axes: Iterable[Axis]) -> Tensor:
