@@ -13,8 +13,7 @@ class Bookkeeping(Periodic):
     Steps that come after the last checkpoint of a run that was killed are in no weights, and in no line.
     """
 
-    def __init__(
-        self, every: int, handle: Handle, order: dict[str, Any], cursors: Callable[[], Any]):
+    def __init__(self, every: int, handle: Handle, order: dict[str, Any], cursors: Callable[[], Any]):
         """Opens the ledger in the run's folder.
 
         Args:
