@@ -1,8 +1,8 @@
 """One block and the rest of a model, apart, for tools that count the kernels which the compiler generates for a GPU.
 
 `build(shape)` returns (block, inputs, head, parameters): `block(*args, **kwargs)` gives the next hidden states,
-`inputs(dtype)` gives its (args, kwargs) with the hidden states [batch, seq, d] first, `head(ids, targets)` is all else of
-the model, with its loss. `shape` has dim, n_layers, n_heads, n_kv_heads, ffn, vocab, seq, batch.
+`inputs(dtype)` gives its (args, kwargs) with the hidden states [batch, seq, d] first, `head(ids, targets)` is all else
+of the model, with its loss. `shape` has dim, n_layers, n_heads, n_kv_heads, ffn, vocab, seq, batch.
 """
 
 from collections.abc import Callable
