@@ -30,9 +30,10 @@ NO_KERNEL = {
 }  # fmt: skip
 """Operators that start nothing on the device."""
 
-PRODUCTS = {
-    aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.mv, aten.addmv, aten._scaled_mm, aten._grouped_mm
-}  # fmt: skip
+ADDING = {aten.addmm, aten.addmm_, aten.baddbmm, aten.addmv}
+"""Products whose first operand is what they are added to."""
+
+PRODUCTS = ADDING | {aten.mm, aten.bmm, aten.mv, aten._scaled_mm, aten._grouped_mm}
 
 COPIES = {aten._to_copy, aten.copy_}
 INDEXING = {aten.index, aten.index_put, aten.index_put_}
@@ -175,7 +176,7 @@ class Watch(TorchDispatchMode):
         name = str(packet).removeprefix("aten.")
         n = _launches(name, args)
         if packet in PRODUCTS:
-            matrix = next(t for t in inputs if t.dim() > 1)
+            matrix = args[1] if packet in ADDING else args[0]
             self.costs.products[str(matrix.dtype).removeprefix("torch.")] += 1
         self.costs.launches += n
         self.costs.operators[name] += n

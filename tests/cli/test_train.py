@@ -149,7 +149,7 @@ REFUSED: list[tuple[str, dict[str, Any], list[str], str]] = [
     ("steps", {"train__steps": 10**22}, [], "at most 1,000,000,000"),
     ("unknown override", {}, ["train.stepz=3"], "did you mean steps?"),
     ("precision", {"precision__parameters": "bf16"}, [], "compute=bf16"),
-    ("fp16", {"precision__compute": "fp16"}, [], "precision.compute"),
+    ("fp16", {"precision__compute": "fp16"}, [], "compute=fp16"),
     ("log folder is a file", {"log__dir": __file__}, [], "cannot be made"),
     ("init_from", {"checkpoint__init_from": "nowhere"}, [], "nowhere"),
     ("large batch", {"train__global_batch": 4096}, [], "give more data, or lower train.global_batch"),

@@ -30,7 +30,7 @@ def script(tmp_path: Path):
             import os, signal, sys, time, json
             from pathlib import Path
             rank, here = int(os.environ["RANK"]), Path({str(tmp_path)!r})
-            def say(text): print(f"[rank {{rank}}] {{text}}", file=sys.stderr, flush=True)
+            def say(text): os.write(2, f"[rank {{rank}}] {{text}}\\n".encode())  # whole even from a signal handler
         """
         path = tmp_path / "rank.py"
         path.write_text(textwrap.dedent(head) + textwrap.dedent(body))

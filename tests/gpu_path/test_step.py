@@ -17,7 +17,7 @@ from tests.gpu_path.plants import PLANTS
 ROOT = Path(__file__).parents[2]
 BUDGETS = Path(__file__).with_name("budgets.yaml")
 
-ONE_CARD = ("layout.engine=plain", "layout.zero=0")
+ONE_CARD = ("layout.engine=plain", "layout.zero=0", "layout.recompute=none")
 SMALL = ("train.global_batch=1", "layout.micro_batch=1")
 
 STEPS: dict[str, tuple[list[str], tuple[str, ...]]] = {
