@@ -34,6 +34,18 @@ def _statistics_of_row(row, n_columns, block: tl.constexpr):
 
 
 @triton.jit
+def _write_statistics(row, target, statistics, n_rows, n_columns, block: tl.constexpr):
+    """Write a row's largest logit, sum of exponentials and target's logit, `n_rows` apart; return the first two."""
+    here = (target >= 0) & (target < n_columns)
+    hit = tl.load(row + target, mask=here, other=0.0).to(tl.float32)
+    top, total = _statistics_of_row(row, n_columns, block)
+    tl.store(statistics, top)
+    tl.store(statistics + n_rows, total)
+    tl.store(statistics + 2 * n_rows, hit)
+    return top, total
+
+
+@triton.jit
 def _gradient_of_row(row, n_columns, target, weight, top, total, block: tl.constexpr):
     """weight x (softmax - one-hot), written over the logits."""
     scale = weight / total
@@ -52,12 +64,7 @@ def statistics_kernel(logits, targets, statistics, stride, n_rows, n_columns, fi
     at = tl.program_id(0)
     row = logits + at.to(tl.int64) * stride
     target = (tl.load(targets + at) - first).to(tl.int32)
-    here = (target >= 0) & (target < n_columns)
-    hit = tl.load(row + target, mask=here, other=0.0).to(tl.float32)
-    top, total = _statistics_of_row(row, n_columns, block)
-    tl.store(statistics + at, top)
-    tl.store(statistics + n_rows + at, total)
-    tl.store(statistics + 2 * n_rows + at, hit)
+    _write_statistics(row, target, statistics + at, n_rows, n_columns, block)
 
 
 @triton.jit
@@ -76,12 +83,7 @@ def both_kernel(logits, targets, weights, statistics, stride, n_rows, n_columns,
     at = tl.program_id(0)
     row = logits + at.to(tl.int64) * stride
     target = (tl.load(targets + at) - first).to(tl.int32)
-    here = (target >= 0) & (target < n_columns)
-    hit = tl.load(row + target, mask=here, other=0.0).to(tl.float32)
-    top, total = _statistics_of_row(row, n_columns, block)
-    tl.store(statistics + at, top)
-    tl.store(statistics + n_rows + at, total)
-    tl.store(statistics + 2 * n_rows + at, hit)
+    top, total = _write_statistics(row, target, statistics + at, n_rows, n_columns, block)
     _gradient_of_row(row, n_columns, target, tl.load(weights + at), top, total, block)
 
 
