@@ -81,6 +81,7 @@ class DeferredProduct:
         self.widths = shard_of(layer.weight).local_shape[::-1]  # type: ignore[arg-type]
         """(i, o), asked before an engine shards or releases the weight."""
         self.taps: tuple[Tensor, Tensor] | None = None
+        self._constants: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     def tap(self, b: int, t: int, dtype: torch.dtype, device: torch.device) -> None:
         """Fresh taps for the next input [b, t, i]; `dtype` is what products are asked in.
@@ -89,8 +90,10 @@ class DeferredProduct:
         same shape, as the gradients go through the first forward's.
         """
         i, o = self.widths
-        form = torch.zeros((), dtype=dtype, device=device)
-        one = torch.ones((), device=device, requires_grad=True)  # lets the taps have gradients; gets none itself
+        if (dtype, device) not in self._constants:  # made once: on a GPU each is a launch
+            one = torch.ones((), device=device, requires_grad=True)  # lets the taps have gradients; gets none itself
+            self._constants[dtype, device] = one, torch.zeros((), dtype=dtype, device=device)
+        one, form = self._constants[dtype, device]
         self.taps = _Tap.apply(one, form, (b, t, i), (b, t, o), self)
 
     def untap(self) -> None:

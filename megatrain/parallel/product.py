@@ -62,7 +62,7 @@ def add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
 def float32_product(grad: Tensor, x: Tensor) -> Tensor:
     """grad^T x: [n, o], [n, i] -> float32 [o, i]."""
     if grad.dtype == torch.float32 or grad.device.type != "cuda":
-        return multiply(grad.T.float(), x.float())
+        return grad.T.float() @ x.float()
     return torch.mm(grad.T, x, out_dtype=torch.float32)
 
 
