@@ -20,7 +20,7 @@ from megatrain.data.manifest import ShardEntry
 from megatrain.data.shards import Shard, Tokens
 from megatrain.data.store import Store, append, fetch, read_whole
 
-_READ_SINGLY = 4  # documents that are read of a shard before it is copied
+_READ_SINGLY = 32  # documents that are read of a shard before it is copied
 _AT_ONCE = threading.Semaphore(4)  # whole shards that a process copies at the same time
 
 

@@ -7,6 +7,7 @@ reads a slot knows where it stands; `slots.merged` puts the places of all togeth
 """
 
 import json
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from megatrain.data.rows import Rows
 from megatrain.data.shards import Shard
 
 _EPOCHS_WITHOUT_A_DOCUMENT = 100
+_AHEAD = 8 * 4  # bytes that are encoded ahead for each token of a row: eight rows of text of usual density
 
 
 class Place(NamedTuple):
@@ -32,15 +34,38 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """A document that a slot is in."""
+    """A document that a slot is in, or comes to next."""
 
+    asked: int
+    """Where it was looked for."""
+    position: int
+    """Where it begins, or `asked` after one that reaches into the slot's part."""
     shard: ShuffledShard
     number: int
     """Of the document in its shard."""
-    ids: NDArray[np.uint32]
-    """Its tokens, closed by the end of the document; none if it is damaged."""
     after: int
     """Position of what follows."""
+    ids: NDArray[np.uint32] | None
+    """Its tokens, closed by the end of the document; None if it is damaged."""
+
+    @property
+    def n_tokens(self) -> int:
+        return 0 if self.ids is None else len(self.ids)
+
+
+class _Found(NamedTuple):
+    """A document that a slot comes to, not encoded yet."""
+
+    slot: int
+    asked: int
+    position: int
+    shard: ShuffledShard
+    place: int
+    after: int
+
+    @property
+    def number(self) -> int:
+        return int(self.shard.order[self.place])
 
 
 @dataclass
@@ -50,8 +75,10 @@ class TextReader:
     corpus: Corpus
     n_slots: int
     tokenizer: Any
-    _open: dict[int, tuple[int, Reading]] = field(default_factory=dict)
-    """By slot: the position of the document it is in, and the document."""
+    _open: dict[int, Reading] = field(default_factory=dict)
+    """By slot: the document it is in."""
+    _ahead: dict[int, deque[Reading]] = field(default_factory=dict)
+    """By slot: the documents that follow, encoded already."""
     _is_json: dict[str, NDArray[np.int64]] = field(default_factory=dict)
 
     @classmethod
@@ -81,16 +108,17 @@ class TextReader:
         at, (position, used) = 0, place
         barren = 0
         while at < rows.seq_len:
-            position, reading = self._document(slot, position, rows)
-            n = min(len(reading.ids) - used, rows.seq_len - at)
-            if n > 0:
+            reading = self._document(slot, position, rows)
+            position = reading.position
+            n = min(reading.n_tokens - used, rows.seq_len - at)
+            if n > 0 and reading.ids is not None:
                 barren, name = 0, reading.shard.shard
                 rows.put_ids(row, at, reading.ids, used, n, name, reading.number)
                 at, used = at + n, used + n
             else:
                 barren += 1
                 self._refuse_endless(slot, barren)
-            if used >= len(reading.ids):
+            if used >= reading.n_tokens:
                 position, used = reading.after, 0
         return Place(position, used)
 
@@ -98,20 +126,43 @@ class TextReader:
         if barren > _EPOCHS_WITHOUT_A_DOCUMENT * self.corpus.split.documents:
             raise DataError(f"every document of {self.corpus.name} that slot {slot} reads is damaged: copy it again")
 
-    def _document(self, slot: int, position: int, rows: Rows) -> tuple[int, Reading]:
-        """The document at `position`, or the first one after it, and its own position."""
+    def _document(self, slot: int, position: int, rows: Rows) -> Reading:
+        """The document at `position`, or the first one after it."""
         known = self._open.get(slot)
-        if known is not None and known[0] == position:
+        if known is not None and known.position == position:
             return known
-        found, shard, place, after = self.corpus.next_document(slot, self.n_slots, position)
-        number = int(shard.order[place])
-        if shard.damaged(place, place + 1) is None:
-            (ids,) = self.tokenizer.encode_documents([self.text(shard.shard, number)])
-        else:
-            rows.leave_out(shard.shard, number)
-            ids = np.zeros(0, dtype=np.uint32)
-        self._open[slot] = found, Reading(shard, number, ids, after)
-        return self._open[slot]
+        ahead = self._ahead.setdefault(slot, deque())
+        if not ahead or ahead[0].asked != position:
+            ahead.clear()
+            self._read_ahead(slot, position, _AHEAD * rows.seq_len)
+        reading = self._open[slot] = ahead.popleft()
+        if reading.ids is None:
+            rows.leave_out(reading.shard.shard, reading.number)
+        return reading
+
+    def _read_ahead(self, slot: int, position: int, window: int) -> None:
+        """Encode what all slots read next, about `window` bytes of each: enough for all threads of the tokenizer.
+
+        The other slots are about as far as this one, which has come to the end of what was encoded for it.
+        """
+        found: list[_Found] = []
+        for other, ahead in self._ahead.items():
+            begin, end = (ahead[0].asked, ahead[-1].after) if ahead else (self._upto(other),) * 2
+            if other == slot:
+                begin = end = position
+            while begin is not None and end is not None and end < begin + window:
+                found.append(_Found(other, end, *self.corpus.next_document(other, self.n_slots, end)))
+                end = found[-1].after
+        sound = [one for one in found if one.shard.damaged(one.place, one.place + 1) is None]
+        encoded = self.tokenizer.encode_documents([self.text(one.shard.shard, one.number) for one in sound])
+        ids = dict(zip(map(id, sound), encoded, strict=True))
+        for one in found:
+            reading = Reading(one.asked, one.position, one.shard, one.number, one.after, ids.get(id(one)))
+            self._ahead[one.slot].append(reading)
+
+    def _upto(self, slot: int) -> int | None:
+        """Where the document ends that a slot is in."""
+        return self._open[slot].after if slot in self._open else None
 
     def text(self, shard: Shard, number: int) -> str:
         """The text of a document whose bytes were checked."""

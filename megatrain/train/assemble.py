@@ -64,7 +64,9 @@ def launch(run: Run) -> str:
     if finished(run):
         return "already finished"
     device = Device.of(run.layout.device, identity.local_rank)
-    torch.set_num_threads(cpu_threads(identity.local_world))
+    threads = cpu_threads(identity.local_world)
+    torch.set_num_threads(threads)
+    os.environ.setdefault("RAYON_NUM_THREADS", str(threads))  # of `tokenizers`, which data workers inherit
     with connected(identity, device), StopRequest().listening() as request:
         mesh = run.layout.mesh(identity.world).at(identity.rank)
         if identity.world > 1:
