@@ -70,14 +70,23 @@ class Communication(TorchDispatchMode):
     def __init__(self, names: Mapping[str, str]):
         super().__init__()
         self.names = names
-        self.traffic: dict[tuple[str, str], Traffic] = defaultdict(Traffic)
+        self.calls: list[tuple[str, str, int]] = []
+        """(axis, operation, bytes) in order: ranks of one group whose lists differ wait for each other for ever."""
+
+    @property
+    def traffic(self) -> dict[tuple[str, str], Traffic]:
+        """All calls of an axis and operation together."""
+        found: dict[tuple[str, str], Traffic] = defaultdict(Traffic)
+        for axis, operation, n_bytes in self.calls:
+            found[axis, operation] += Traffic(1, n_bytes)
+        return found
 
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         operation = OPERATIONS.get(str(op.overloadpacket))
         if operation is not None:
             axis = self.names.get(_group_of((*args, *kwargs.values())), "other")
-            self.traffic[axis, operation] += Traffic(1, _bytes_of(operation, args, kwargs))
+            self.calls.append((axis, operation, _bytes_of(operation, args, kwargs)))
         return op(*args, **kwargs)
 
 

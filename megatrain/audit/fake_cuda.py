@@ -131,6 +131,9 @@ def card(note_wait: Callable[[str], Any] = lambda what: None) -> Iterator[None]:
         "device_count": lambda: 8,
         "current_stream": lambda device=None: now(),
         "default_stream": lambda device=None: torch.Stream("cuda"),
+        "Stream": lambda device=None, priority=0: torch.Stream("cuda"),
+        "stream": lambda stream: stream,  # one is its own context
+        "Event": lambda *_, **__: torch.Event("cuda"),
         "is_bf16_supported": lambda including_emulation=True: True,
         "empty_cache": lambda: None,
         "get_rng_state": lambda device=None: torch.empty(16, dtype=torch.uint8),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+from megatrain.models.stages import Span, spans_of
 from megatrain.parallel.mesh import divisors
 
 
@@ -181,6 +182,11 @@ class PipelinePlan:
 
     def stages_of(self, rank: int) -> list[int]:
         return self.schedule.stages_of(rank, self.pp, self.virtual)
+
+    def spans(self, rank: int) -> dict[int, Span]:
+        """The layers of each stage that `rank` along pp holds."""
+        found = spans_of(self.layers)
+        return {stage: found[stage] for stage in self.stages_of(rank)}
 
     def rank_of(self, stage: int) -> int:
         """The rank along pp that holds `stage`."""

@@ -12,12 +12,14 @@ Per layer and micro-batch, with A the bytes of its hidden states [b, t, d] over 
 | cp, ring | size - 1 shifts of keys and values | the same, and size shifts of their gradients in float32 |
 | cp, ulysses | 4 all-to-alls: queries, keys, values, output | the same |
 
-Two of the backward's all-gathers collect again what forward did not keep; they run beside a product.
+Two of the backward's all-gathers collect again what forward did not keep; they run beside a product. A pipeline's ranks
+do so for their own layers, and send hidden states and their gradients to the ranks of the neighbouring stages.
 """
 
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ from torch import nn
 from megatrain.audit.communication import Traffic
 from megatrain.engine.gradients import BUCKET_ELEMENTS
 from megatrain.engine.layout import Layout, resolve_engine
+from megatrain.engine.schedules import PipelinePlan
+from megatrain.models.stages import Span, Stages
 from megatrain.parallel.cross_entropy import chunk_rows
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.shard import shard_of
@@ -54,7 +58,7 @@ class StepShape:
     mesh: Mesh
     global_batch: int
     element: int = FLOAT32
-    """Bytes of an activation's element."""
+    """Bytes of an activation's element, and of a parameter's where it is gathered."""
     device: str = "cpu"
 
     @property
@@ -70,25 +74,52 @@ class StepShape:
         """Of one micro-batch on this context-parallel rank."""
         return self.layout.micro_batch * self.seq_len // self.mesh.axis("cp").size
 
-    def local_model(self) -> nn.Module:
+    @property
+    def hidden_bytes(self) -> int:
+        """Of a micro-batch's hidden states, which tensor-parallel ranks hold together or each."""
+        return self.tokens * self.model.d_model * self.element
+
+    @cached_property
+    def plan(self) -> PipelinePlan | None:
+        return self.layout.pipeline(self.model.costs(self.n_valid, self.seq_len))
+
+    @cached_property
+    def spans(self) -> dict[int, Span]:
+        """The layers of each stage that this rank holds."""
+        if self.plan is None:
+            return {0: Span(0, self.model.n_layers, self.model.n_layers)}
+        return self.plan.spans(self.mesh.axis("pp").rank)
+
+    @property
+    def n_layers(self) -> int:
+        """On this rank."""
+        return sum(span.stop - span.start for span in self.spans.values())
+
+    @cached_property
+    def local_model(self) -> Stages:
         """What this rank holds, without memory."""
         with torch.device("meta"):
             tp = TensorParallel(self.mesh.axis("tp"), self.layout.cuts_sequence)
-            return self.model.build(n_valid=self.n_valid, seq_len=self.seq_len, tp=tp)
+            return Stages.build(
+                self.spans, partial(self.model.build, n_valid=self.n_valid, seq_len=self.seq_len, tp=tp)
+            )
 
 
 def step_traffic(step: StepShape) -> Tally:
     """All that one rank communicates in a step of plain, fsdp2, or DeepSpeed's stages 1 and 2.
 
     Raises:
-        ValueError: a pipeline, recomputation, or another engine.
+        ValueError: recomputation, or another engine.
     """
-    if step.mesh.axis("pp").size > 1 or step.layout.recompute != "none":
-        raise ValueError("a pipeline and recomputation are not in these formulas")
+    if step.layout.recompute != "none":
+        raise ValueError("recomputation is not in these formulas")
     found = Tally()
     for _ in range(step.micro_batches):
         tensor_parallel(step, found)
         context_parallel(step, found)
+        pipeline(step, found)
+    if step.plan is not None:
+        found.add("pp", "all_reduce", FLOAT32)  # the loss
     resolved = resolve_engine(step.layout, step.mesh.size)
     if resolved.engine == "plain":
         gradients_all_reduced(step, found)
@@ -108,12 +139,15 @@ def tensor_parallel(step: StepShape, found: Tally) -> None:
     """Of one micro-batch, forward and backward."""
     if step.tp == 1:
         return
-    hidden, layers = step.tokens * step.model.d_model * step.element, step.model.n_layers
-    if step.layout.cuts_sequence:
-        found.add("tp", "all_gather", hidden, 6 * layers + 2)  # the head's input, and the embedding's gradient
-        found.add("tp", "reduce_scatter", hidden, 4 * layers + 2)
+    spans = step.spans.values()
+    ends = sum(span.first for span in spans) + sum(span.last for span in spans)
+    if step.layout.cuts_sequence:  # at the ends: the embeddings and their gradient, the head's input and its gradient
+        found.add("tp", "all_gather", step.hidden_bytes, 6 * step.n_layers + ends)
+        found.add("tp", "reduce_scatter", step.hidden_bytes, 4 * step.n_layers + ends)
     else:
-        found.add("tp", "all_reduce", hidden, 4 * layers + 2)
+        found.add("tp", "all_reduce", step.hidden_bytes, 4 * step.n_layers + ends)
+    if not any(span.last for span in spans):
+        return
     rows = chunk_rows(step.n_valid, step.tp, step.device)
     for start in range(0, step.tokens, rows):
         n = min(rows, step.tokens - start)
@@ -123,7 +157,7 @@ def tensor_parallel(step: StepShape, found: Tally) -> None:
 
 def context_parallel(step: StepShape, found: Tally) -> None:
     """Of one micro-batch, forward and backward."""
-    size, layers = step.mesh.axis("cp").size, step.model.n_layers
+    size, layers = step.mesh.axis("cp").size, step.n_layers
     if size == 1:
         return
     head = step.tokens * step.model.width_of_head
@@ -136,15 +170,28 @@ def context_parallel(step: StepShape, found: Tally) -> None:
         found.add("cp", "all_to_all", keys * step.element, 4 * layers)
 
 
+def pipeline(step: StepShape, found: Tally) -> None:
+    """Of one micro-batch: hidden states to the next stage, gradients back, where another rank has it."""
+    if step.plan is None:
+        return
+    here = step.mesh.axis("pp").rank
+    n_bytes = step.hidden_bytes // (step.tp if step.layout.cuts_sequence else 1)
+    for stage in step.spans:
+        for neighbour in (stage - 1, stage + 1):
+            if 0 <= neighbour < step.plan.n_stages and step.plan.rank_of(neighbour) != here:
+                found.add("pp", "send", n_bytes)
+                found.add("pp", "recv", n_bytes)
+
+
 # ------------------------------------------------------------------------------------------------ around the model
 
 
 def gradients_all_reduced(step: StepShape, found: Tally) -> None:
     """The plain engine, once a step: counts of tokens, gradients, the norm, the loss."""
-    parameters = list(step.local_model().parameters())
+    parameters = list(step.local_model.parameters())
     _sums_of_parts(step, parameters, found, 1)
-    if step.tp > 1:
-        found.add("tp", "all_reduce", FLOAT64)
+    _norm(step, found, ("tp", "pp"))
+    tied_ends(step, found, 1)
     if step.mesh.axis("data").size > 1:
         found.add("data", "all_reduce", FLOAT32, 2)
         for elements in _buckets([p.numel() for p in parameters]):
@@ -156,15 +203,13 @@ def zero_partitioned(step: StepShape, found: Tally, zero: int) -> None:
 
     Both sum whole gradients, stage 2 those of every micro-batch; then each group of the optimiser is gathered.
     """
-    parameters = list(step.local_model().parameters())
+    parameters = list(step.local_model.parameters())
     rounds = step.micro_batches if zero == 2 else 1
     found.add("data", "all_reduce", sum(p.numel() for p in parameters) * FLOAT32, rounds)
     for group in ([p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim == 1]):
         found.add("data", "all_gather", sum(p.numel() for p in group) * FLOAT32)
     found.add("data", "all_reduce", FLOAT32, 2)
-    found.add("data", "all_reduce", FLOAT64)
-    if step.tp > 1:
-        found.add("tp", "all_reduce", FLOAT64)
+    _norm(step, found, ("data", "tp"))
     if zero == 1:
         _sums_of_parts(step, parameters, found, 1)
     for p in parameters if zero == 2 else ():  # in backward, one by one, before DeepSpeed takes them
@@ -174,22 +219,38 @@ def zero_partitioned(step: StepShape, found: Tally, zero: int) -> None:
 
 def fully_sharded(step: StepShape, found: Tally, zero: int) -> None:
     """The fsdp2 engine: a block's parameters are gathered for each micro-batch, their gradients dealt out once."""
-    model: Any = step.local_model()
     data = step.mesh.axis("data").size
-    in_blocks = {id(p) for block in model.layers.values() for p in block.parameters()}
-    rest = [p for p in model.parameters() if id(p) not in in_blocks]
-    groups = [list(block.parameters()) for block in model.layers.values()]
-    for i, group in enumerate([*groups, rest]):
-        n_bytes = sum(-(-p.shape[0] // data) * data * math.prod(p.shape[1:]) for p in group) * FLOAT32
-        again = 2 if zero == 3 and i < len(groups) else 1  # blocks are dropped after forward, the rest is not
-        found.add("data", "all_gather", n_bytes, again * step.micro_batches)
-        found.add("data", "reduce_scatter", n_bytes)
-    _sums_of_parts(step, list(model.parameters()), found, data)
+    gathers = step.micro_batches if step.plan is None else 1  # a stage keeps them from its first forward on
+    for _, stage in step.local_model.stages:
+        model: Any = stage
+        blocks = [list(block.parameters()) for block in model.layers.values()]
+        inside = {id(p) for block in blocks for p in block}
+        rest = [p for p in model.parameters() if id(p) not in inside]
+        for i, group in enumerate([*blocks, rest] if rest else blocks):
+            elements = sum(-(-p.shape[0] // data) * data * math.prod(p.shape[1:]) for p in group)
+            again = 2 if zero == 3 and i < len(blocks) else 1  # blocks are dropped after forward, the rest is not
+            found.add("data", "all_gather", elements * step.element, again * gathers)
+            found.add("data", "reduce_scatter", elements * FLOAT32)
+    _sums_of_parts(step, list(step.local_model.parameters()), found, data)
+    tied_ends(step, found, data)
     if data > 1:
         found.add("data", "all_reduce", FLOAT32, 2)
-        found.add("data", "all_reduce", FLOAT64)
-    if step.tp > 1:
-        found.add("tp", "all_reduce", FLOAT64)
+    _norm(step, found, ("data", "tp", "pp"))
+
+
+def tied_ends(step: StepShape, found: Tally, data: int) -> None:
+    """The ranks at both ends of a pipeline swap their gradients of the embedding, 1 / `data` of its rows each."""
+    first, last = (any(getattr(span, end) for span in step.spans.values()) for end in ("first", "last"))
+    if step.model.tie_embeddings and first != last:
+        elements = dict(step.local_model.named_parameters())["embedding.weight"].numel() // data
+        found.add("pp", "send", elements * FLOAT32)
+        found.add("pp", "recv", elements * FLOAT32)
+
+
+def _norm(step: StepShape, found: Tally, axes: tuple[str, ...]) -> None:
+    for axis in axes:
+        if step.mesh.axis(axis).size > 1:
+            found.add(axis, "all_reduce", FLOAT64)
 
 
 def _sums_of_parts(step: StepShape, parameters: list[nn.Parameter], found: Tally, data: int) -> None:

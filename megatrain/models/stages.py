@@ -1,7 +1,7 @@
 """A model cut into pipeline stages: which layers each has, and the stages of one rank seen as one model."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,14 @@ class Stages(nn.Module):
                     self.layers.update(part.items())  # type: ignore[operator]
                 else:
                     setattr(self, name, part)
+
+    @classmethod
+    def build(cls, spans: Mapping[int, Span], build: Callable[..., nn.Module]) -> "Stages":
+        """The stages of these spans, by number; `build` is given each, and the first stage where that is among them."""
+        stages: dict[int, nn.Module] = {}
+        for number, span in spans.items():
+            stages[number] = build(span=span, first=stages.get(0))
+        return cls(stages)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         stage: Any

@@ -1,6 +1,7 @@
 """A run's engine and feed on one rank of a mesh: what training and verifying share."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -14,7 +15,7 @@ from megatrain.engine.guard import Guard, Guarded
 from megatrain.engine.layout import resolve_engine
 from megatrain.engine.schedules import PipelinePlan
 from megatrain.models.recompute import INSIDE, recompute
-from megatrain.models.stages import Stages, spans_of
+from megatrain.models.stages import Stages
 from megatrain.nn.batch import Batch
 from megatrain.nn.precision.quantised import Quantised
 from megatrain.nn.precision.select import quantise
@@ -79,11 +80,7 @@ def build_model(run: Run, plan: PipelinePlan | None, mesh: Mesh, **facts: Any) -
     """The model, or the stages of it that this rank of a pipeline holds."""
     if plan is None:
         return run.model.build(seed=run.seed, **facts)
-    stages: dict[int, Any] = {}
-    spans = spans_of(plan.layers)
-    for number in plan.stages_of(mesh.axis("pp").rank):
-        stages[number] = run.model.build(seed=run.seed, span=spans[number], first=stages.get(0), **facts)
-    return Stages(stages)
+    return Stages.build(plan.spans(mesh.axis("pp").rank), partial(run.model.build, seed=run.seed, **facts))
 
 
 def all_names(run: Run, tokenizer: TokenizerEntry) -> tuple[str, ...]:

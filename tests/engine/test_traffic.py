@@ -1,6 +1,7 @@
 """Collectives of a real step, counted, against the closed forms; and none at all on axes of size 1."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from megatrain.engine.api import ENGINE, Parts, Precision
 from megatrain.engine.layout import Layout, resolve_engine
 from megatrain.engine.traffic import StepShape, step_traffic
 from megatrain.models.decoder import Decoder
+from megatrain.models.stages import Stages
 from megatrain.nn.attention.sliding_window import SlidingWindow
 from megatrain.nn.batch import Batch
 from megatrain.nn.norm.layer_norm import LayerNorm
@@ -30,6 +32,7 @@ from tests.ranks import run
 N_VALID, SEQ_LEN, ROWS = 37, 16, 4
 LLAMA = Decoder(d_model=16, n_layers=2, n_heads=8, n_kv_heads=2, d_ff=24, vocab_size=40)
 GPT = dataclasses.replace(LLAMA, n_kv_heads=4, position=Learned(), norm=LayerNorm(), tie_embeddings=False)
+DEEP = dataclasses.replace(LLAMA, n_layers=4)
 WINDOW = dataclasses.replace(LLAMA, attention=SlidingWindow(window=3, qk_norm=True), dropout=0.1)
 
 
@@ -45,10 +48,12 @@ def counted(cases: list[tuple[Decoder, Layout]]) -> list[tuple[dict, dict]]:
     for model, layout in cases:
         mesh = layout.mesh(dist.get_world_size()).at(dist.get_rank()).connect()
         tp = TensorParallel(mesh.axis("tp"), layout.cuts_sequence)
-        built = model.build(n_valid=N_VALID, seq_len=SEQ_LEN, tp=tp, cp=layout.context(mesh))
+        build = partial(model.build, n_valid=N_VALID, seq_len=SEQ_LEN, tp=tp, cp=layout.context(mesh))
+        plan = layout.pipeline(model.costs(N_VALID, SEQ_LEN))
+        built: Any = build() if plan is None else Stages.build(plan.spans(mesh.axis("pp").rank), build)
         initialise(built, seed=0)
         resolved = resolve_engine(layout, mesh.size)
-        parts = Parts(built, AdamW(lr=1e-3), mesh, Device("cpu"), Precision(), layout.micro_batch, resolved.zero)
+        parts = Parts(built, AdamW(lr=1e-3), mesh, Device("cpu"), Precision(), layout.micro_batch, resolved.zero, plan)
         engine = ENGINE[resolved.engine]().build(parts)
         given = rows_of_rank(batch(*[(5, 11)] * ROWS, vocab_size=N_VALID), layout, mesh)
         engine.step(given, 1e-3)
@@ -78,6 +83,11 @@ FOUR = [
     (LLAMA, Layout(tp=2, dp=2, zero=2)),
     (LLAMA, Layout(tp=2, dp=2, engine="fsdp2", zero=3)),
     (GPT, Layout(tp=2, dp=2, engine="plain")),
+    (DEEP, Layout(tp=2, pp=2, engine="plain")),
+    (DEEP, Layout(tp=2, sequence_parallel=False, pp=2, schedule="interleaved", engine="plain")),
+    (DEEP, Layout(cp=2, pp=2, schedule="zbv", engine="plain", micro_batch=2)),
+    (DEEP, Layout(dp=2, pp=2, schedule="gpipe", engine="fsdp2", zero=2)),
+    (dataclasses.replace(DEEP, tie_embeddings=False), Layout(dp=2, pp=2, schedule="zbv", engine="fsdp2", zero=2)),
 ]
 
 

@@ -107,20 +107,21 @@ def watched(run: Run, vocab: int, packed: bool, plant: str | None = None) -> dic
     }
 
 
-def trainer_of(run: Run, vocab: int, packed: bool) -> Trainer:
+def trainer_of(run: Run, vocab: int, packed: bool, mesh: Mesh | None = None) -> Trainer:
     """The run's own loop around its own engine on a fake card, fed with batches without values."""
-    alone, rows = Mesh.of().at(0), run.train.global_batch
-    engine = build_engine(run, TokenizerEntry("none", vocab, 0), alone, Device("cuda"))
+    mesh = mesh or Mesh.of().at(0)
+    rows = run.train.global_batch // mesh.axis("dp").size
+    engine = build_engine(run, TokenizerEntry("none", vocab, 0), mesh, Device("cuda"))
     return Trainer(
         state=State(),
         feed=Feed(rows, run.data.seq_len, vocab, packed),
         engine=engine,
         schedule=lambda step: 1e-3 / step,
         total_steps=STEPS,
-        global_batch=rows,
+        global_batch=run.train.global_batch,
         max_skips=STEPS,
         throughput=NoFigures(),
-        vote=StopVote(StopRequest(), alone.axis("world")),
+        vote=StopVote(StopRequest(), mesh.axis("world")),
     )
 
 

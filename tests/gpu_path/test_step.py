@@ -43,14 +43,19 @@ def lines_of(*arguments: str, program: str = "step") -> list[dict[str, Any]]:
     return lines
 
 
-@functools.cache
-def step(name: str) -> dict[str, Any]:
-    """What was seen of the second step. The run file is written here, since models are parts of runs."""
-    configs, changes = STEPS[name]
+def lines_of_run(configs: list[str], *arguments: str, program: str = "step") -> list[dict[str, Any]]:
+    """`lines_of` a program for a run file of these configurations, which is written here: models are parts of runs."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run.yaml"
         run.write_text(yaml.safe_dump({"base": [str(ROOT / f"configs/{c}.yaml") for c in configs]}))
-        return lines_of(str(run), *ONE_CARD, *changes)[0]
+        return lines_of(str(run), *arguments, program=program)
+
+
+@functools.cache
+def step(name: str) -> dict[str, Any]:
+    """What was seen of the second step."""
+    configs, changes = STEPS[name]
+    return lines_of_run(configs, *ONE_CARD, *changes)[0]
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -87,7 +87,6 @@ class Fsdp2Engine:
         self.parts, self.model, self.device = parts, parts.model, parts.device.torch
         mesh = connected(parts.mesh)
         self.data, self.tp, self.pp = (mesh.axis(name) for name in ("data", "tp", "pp"))
-        self.model.to(self.device)
         known = shards(self.model)
         if problems := parts.optimizer.unmatched(parts.all_names or known):
             raise ConfigError(problems)
