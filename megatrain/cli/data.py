@@ -21,6 +21,7 @@ import click
 def command() -> None: ...
 
 
+_WORKERS = "Processes; the result is the same for any.  [default: cores]"
 _READING = ("text_field", "id_field", "separator")
 
 
@@ -32,9 +33,9 @@ def input_options(function: Any) -> Any:
             click.option("--include", multiple=True, metavar="GLOB", help='Only such files of folders, e.g. "*.py".'),
             click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out such files or folders."),
             click.option("--text-field", default="text", show_default=True, help="Key of the text in JSON or parquet."),
-            click.option("--id-field", help="Key of the documents' ids there.  [default: known by FILE:LINE]"),
+            click.option("--id-field", help="Key of the documents' ids there; one without is FILE:LINE."),
             click.option("--separator", help='What stands between documents in .txt, e.g. "<|endoftext|>".'),
-            click.option("--workers", type=int, help="Processes; the result is the same for any.  [default: cores]"),
+            click.option("--workers", type=click.IntRange(min=1), help=_WORKERS),
         )
     ):
         function = add(function)
@@ -100,15 +101,14 @@ def build_command(**options: Any) -> None:
 @click.option("--end-of-document", help="The tokenizer's token that ends a document, if it has an unusual name.")
 @click.option("--text-field", default="text", show_default=True, help="Key of the text in JSON.")
 @click.option("--held-out", default=0.01, show_default=True, help="Share of the documents never trained on.")
-@click.option("--workers", type=int, help="Processes; the result is the same for any.  [default: cores]")
+@click.option("--workers", type=click.IntRange(min=1), help=_WORKERS)
 def index_command(**options: Any) -> None:
     from megatrain.cli.common import Bar
-    from megatrain.data.sources import find_sources
-    from megatrain.data.text_index import FILES, IndexOptions, index
+    from megatrain.data.text_index import IndexOptions, files_of, index
 
     options["workers"] = options["workers"] or len(os.sched_getaffinity(0))
     with Bar() as bar:
-        bar.stage("indexing", sum(source.size for source in find_sources([options["folder"]], include=FILES)))
+        bar.stage("indexing", sum(source.size for source in files_of(options["folder"])))
         manifest = index(IndexOptions(**options), lambda size: bar.advance(size, 0))
     _report_manifest(manifest)
 
@@ -173,6 +173,8 @@ def clean_command(**options: Any) -> None:
     with Bar() as bar:
         cleaned = clean(CleanOptions(**options, reading=reading), bar)
     click.echo(f"kept: {cleaned.kept:,} documents, in {options['out']}")
+    if not cleaned.kept:
+        click.echo("nothing is left: loosen the rules, or look at dropped.jsonl for what was taken for what")
     for reason, n in cleaned.dropped.most_common():
         click.echo(f"left out: {n:,} documents: {reason}")
 
@@ -190,8 +192,16 @@ def clean_command(**options: Any) -> None:
     """,
 )
 @click.argument("data")
-@click.option("--examples", default=3, show_default=True, help="Documents to show of each split.")
-@click.option("--frequent", default=20, show_default=True, help="Tokens to show of the most frequent ones.")
+@click.option(
+    "--examples", default=3, type=click.IntRange(min=0), show_default=True, help="Documents to show of each split."
+)
+@click.option(
+    "--frequent",
+    default=20,
+    type=click.IntRange(min=0),
+    show_default=True,
+    help="Tokens to show of the most frequent ones.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON value.")
 def inspect_command(data: str, examples: int, frequent: int, as_json: bool) -> None:
     from megatrain.data.summary import drawn, summarize
@@ -217,7 +227,7 @@ def inspect_command(data: str, examples: int, frequent: int, as_json: bool) -> N
     """,
 )
 @click.argument("data")
-@click.option("--workers", default=1, show_default=True, help="Processes that read shards.")
+@click.option("--workers", default=1, type=click.IntRange(min=1), show_default=True, help="Processes that read shards.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON value.")
 def verify_command(data: str, workers: int, as_json: bool) -> None:
     from megatrain.base.errors import EXIT_FAILURE
@@ -256,7 +266,13 @@ def verify_command(data: str, workers: int, as_json: bool) -> None:
 @click.argument("run_file", metavar="RUN.yaml")
 @click.argument("overrides", nargs=-1, metavar="[key=value ...]")
 @click.option("--steps", default="0:10", show_default=True, metavar="A:B", help="Half-open range of steps.")
-@click.option("--dp", default=1, show_default=True, help="Data-parallel ranks whose rows are put together.")
+@click.option(
+    "--dp",
+    default=1,
+    type=click.IntRange(min=1),
+    show_default=True,
+    help="Data-parallel ranks whose rows are put together.",
+)
 @click.option("--workers", type=int, help="Reading processes of each rank.  [default: the run's]")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
 def trace_command(

@@ -50,7 +50,7 @@ def group() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; never returns."""
     try:
-        group.main(arguments, prog_name="megatrain", standalone_mode=False)
+        code = group.main(arguments, prog_name="megatrain", standalone_mode=False)
     except UserError as error:
         say(str(error))
         sys.exit(error.exit_code)
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone: no complaint
         sys.exit(EXIT_FAILURE)
-    sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)  # a command that raises Exit(1) comes back with 1
 
 
 def say(message: str) -> None:

@@ -24,7 +24,7 @@ from megatrain.data.journal import Done, Journal, Tally
 from megatrain.data.manifest import HELD_OUT, MANIFEST, TOKENIZER, TRAIN, Manifest, Split, TokenizerEntry
 from megatrain.data.manifest import token_dtype as narrowest_dtype
 from megatrain.data.shards import ShardWriter
-from megatrain.data.sources import chunks_of, find_sources
+from megatrain.data.sources import chunks_of, find_sources, reading_problems
 from megatrain.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer, train_tokenizer
 
 _SMALL_CORPUS = 2**25  # bytes: below this a hash may well hold out nothing, so the hashes are looked at first
@@ -74,6 +74,7 @@ class BuildOptions:
             found.append(f"shard_tokens={self.shard_tokens} must be at least 1")
         if self.workers < 1:
             found.append(f"workers={self.workers} must be at least 1")
+        found += reading_problems(self.reading)
         if self.dtype not in ("auto", "uint16", "uint32"):
             found.append(f"dtype={self.dtype!r} is not known: take auto, uint16 or uint32")
         return found
@@ -145,8 +146,7 @@ class _Build:
         tally = self._write_shards(tokenizer, limit, dtype)
         splits = {name: Split(self.journal.shards(name)) for name in (TRAIN, HELD_OUT)}
         if not splits[TRAIN].documents:
-            refused = ", ".join(f"{n} {reason}" for reason, n in tally.refused.items()) or "none was refused"
-            raise DataError(f"nothing to train on in {len(self.sources)} files ({refused}): give files with UTF-8 text")
+            raise DataError(f"nothing to train on in {len(self.sources)} files: {tally.said()}")
         entry = TokenizerEntry(tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.end_of_document)
         manifest = Manifest(self.options.out.resolve().name, entry, dtype, splits, self._provenance(limit, tally))
         manifest.write(self.folder)

@@ -25,7 +25,7 @@ from megatrain.data.documents import Chunk, Document, Refused
 from megatrain.data.duplicates import Exact, Near, Signature, content_digest, require_datasketch, signature
 from megatrain.data.encoding import ordered_map
 from megatrain.data.quality import Drop, first_broken, parse_rule
-from megatrain.data.sources import chunks_of, find_sources
+from megatrain.data.sources import chunks_of, find_sources, reading_problems
 from megatrain.data.words import word_hashes, words
 
 _FILE_BYTES = 2**28  # of text in one file of kept documents
@@ -60,6 +60,7 @@ class CleanOptions:
             found.append(f"shortest={self.shortest} and ngram={self.ngram}: take 1 <= shortest <= ngram")
         if self.workers < 1:
             found.append(f"workers={self.workers} must be at least 1")
+        found += reading_problems(self.reading)
         for rule in self.rules:
             try:
                 parse_rule(rule)

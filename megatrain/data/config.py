@@ -1,5 +1,6 @@
 """What a run is trained on: the `data` part of a run file."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -26,6 +27,10 @@ class WeightedSource:
     """Share of the tokens, relative to the other sources."""
 
 
+def _is_weight(x: float) -> bool:
+    return math.isfinite(x) and x > 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """From a number of tokens on, what is said here holds; what is not said stays as `data` has it."""
@@ -41,8 +46,11 @@ class Stage:
         found = []
         if self.seq_len is not None and not 1 <= self.seq_len <= seq_len:
             found.append(f"{key}.seq_len is {self.seq_len}: it must be between 1 and data.seq_len={seq_len}")
-        if self.weights is not None and (len(self.weights) != n_sources or min(self.weights) <= 0):
-            found.append(f"{key}.weights is {list(self.weights)}: it must be {n_sources} numbers above 0, one a source")
+        if self.weights is not None and (len(self.weights) != n_sources or not all(map(_is_weight, self.weights))):
+            found.append(
+                f"{key}.weights is {list(self.weights)}: it must be a number above 0 for each source, of which there "
+                f"are {n_sources}"
+            )
         return found
 
 
@@ -90,9 +98,10 @@ class Data:
             found.append(f"data.sources names {redacted(path)} more than once: name it once and raise its weight")
         for i, source in enumerate(self.sources):
             found += [f"data.sources.{i}.path: {p}" for p in address_problems(source.path, self.allow_pipe)]
-            if not source.weight > 0:
+            if not _is_weight(source.weight):
                 found.append(
-                    f"data.sources.{i}.weight is {source.weight}: it must be above 0; leave the source out instead"
+                    f"data.sources.{i}.weight is {source.weight}: it must be a number above 0; leave the source out "
+                    "instead of giving it 0"
                 )
         for i, stage in enumerate(self.curriculum):
             found += stage.problems_in(f"data.curriculum.{i}", self.seq_len, len(self.sources))

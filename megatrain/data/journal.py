@@ -41,6 +41,15 @@ class Tally:
     def as_json(self) -> dict[str, Any]:
         return {reason: {"documents": n, "first": self.examples[reason]} for reason, n in self.refused.items()}
 
+    def said(self) -> str:
+        """Why nothing is left, and what to do."""
+        if not self.refused:
+            return "the files are empty; give some with UTF-8 text"
+        found = ", ".join(f"{n:,} {reason}" for reason, n in self.refused.most_common())
+        if any(reason.startswith("no text under") for reason in self.refused):
+            return f"{found}; name the key that holds the text with --text-field"
+        return f"{found}; give files with UTF-8 text"
+
     @classmethod
     def of(cls, value: dict[str, Any]) -> Self:
         counts = Counter({reason: found["documents"] for reason, found in value.items()})

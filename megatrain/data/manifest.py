@@ -14,6 +14,8 @@ from megatrain.base.files import read_json, write_json
 VERSION = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
+TEXT_PLACE = ".megatrain"
+"""Folder beside files of raw text for what is made of them."""
 TRAIN, HELD_OUT = "train", "held_out"
 TOKENS, TEXT = "tokens", "text"
 

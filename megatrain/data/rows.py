@@ -159,7 +159,7 @@ class Rows:
         """Damaged documents are not read, unless they are to be left out."""
         if self.skip_damaged:
             return
-        why = shard.unreadable or "its bytes do not have the checksum of the index"
+        why = shard.unreadable.partition(": ")[0] or "its bytes do not have the checksum of the index"
         raise DataError(
             f"document {piece.document!r} of {piece.tar} is damaged ({why}): copy the shard again (`megatrain data "
             "verify` names all that are bad), or leave such documents out with data.on_damage: skip"

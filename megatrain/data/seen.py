@@ -49,15 +49,15 @@ def seen(
     ledger = _open(run)
     corpora = _corpora(ledger, access)
     found = _called(corpora, document) if document is not None else _containing(corpora, contains or "", run)
-    wanted = {(corpus.name, id): split for split, corpus, id in found}
-    if not wanted:
+    places = list(dict.fromkeys(((corpus.name, id), split) for split, corpus, id in found))
+    if not places:
         raise DataError(_none(corpora, document, contains))
-    steps: dict[Key, list[int]] = {key: [] for key in wanted}
-    if TRAIN in wanted.values():
+    steps: dict[Key, list[int]] = {key: [] for key, split in places if split == TRAIN}
+    if steps:
         for step, keys in documents_by_step(ledger, access):
-            for key in keys & wanted.keys():
+            for key in keys & steps.keys():
                 steps[key].append(step)
-    return [Sighting(*key, split, tuple(steps[key])) for key, split in wanted.items()]
+    return [Sighting(*key, split, tuple(steps[key]) if split == TRAIN else ()) for key, split in places]
 
 
 def documents_by_step(ledger: Ledger, access: Data | None = None) -> Iterator[tuple[int, set[Key]]]:
@@ -126,6 +126,8 @@ def _corpora(ledger: Ledger, access: Data | None) -> list[tuple[str, Corpus]]:
 
 
 def _open(run: Path) -> Ledger:
+    if not run.exists():
+        raise DataError(f"{run} does not exist: give a run's folder (runs/NAME) or its run file")
     path = run / FILE
     if not path.exists():
         raise DataError(f"{run} has no {FILE}: give the folder of a run (runs/NAME) that has trained with a ledger")

@@ -11,6 +11,7 @@ from typing import Any
 from megatrain.base.errors import DataError
 from megatrain.data.compression import COMPRESSIONS
 from megatrain.data.documents import READER, Chunk, Source
+from megatrain.data.manifest import MANIFEST, TEXT_PLACE, TOKENIZER
 
 
 def find_sources(inputs: Sequence[Path], include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Source]:
@@ -29,10 +30,13 @@ def find_sources(inputs: Sequence[Path], include: Sequence[str] = (), exclude: S
         if not os.access(path, os.R_OK):
             raise DataError(f"the input {path} cannot be read: give this user permission to read it")
         if path.is_dir():
-            files = _walk(path, PurePosixPath(), include, exclude)
+            _refuse_data_set(path)
+            made = (MANIFEST, TOKENIZER) if (path / TEXT_PLACE).is_dir() else ()  # by an index of its text
+            files = _walk(path, PurePosixPath(), include, (*exclude, *made))
             found += [_source(path / relative, prefix + _printable(str(relative))) for relative in files]
         else:
             found.append(_source(path, prefix or _printable(path.name)))
+    _refuse_twice(found)
     if not found:
         patterns = "".join(f" --include {p}" for p in include) + "".join(f" --exclude {p}" for p in exclude)
         raise DataError(
@@ -42,6 +46,13 @@ def find_sources(inputs: Sequence[Path], include: Sequence[str] = (), exclude: S
     if not any(source.size for source in found):
         raise DataError(f"the input {', '.join(map(str, inputs))} is empty: give files that have text in them")
     return found
+
+
+def reading_problems(options: Mapping[str, Any]) -> list[str]:
+    """What is wrong with options of the readers."""
+    if options.get("separator") == "":
+        return ["separator is empty: give the text that stands between documents, or leave it out"]
+    return []
 
 
 def chunks_of(sources: Sequence[Source], options: Mapping[str, Any]) -> Iterator[Chunk]:
@@ -68,6 +79,23 @@ def suffix_of(path: Path) -> str:
     if suffixes and suffixes[-1].lower() in COMPRESSIONS:
         suffixes.pop()
     return suffixes[-1].lower() if suffixes else ""
+
+
+def _refuse_data_set(folder: Path) -> None:
+    """What a build has made is no text, though some of its files are."""
+    if (folder / MANIFEST).is_file() and (folder / TOKENIZER).is_file() and not (folder / TEXT_PLACE).is_dir():
+        raise DataError(
+            f"{folder} is a data set that was built already: train on it as it is, or give the text it was built from"
+        )
+
+
+def _refuse_twice(sources: Sequence[Source]) -> None:
+    known: set[str] = set()
+    for source in sources:
+        path = os.path.abspath(source.path)
+        if path in known:
+            raise DataError(f"the inputs hold {source.path} twice: give each file once")
+        known.add(path)
 
 
 def _prefixes(inputs: Sequence[Path]) -> list[str]:

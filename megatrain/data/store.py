@@ -58,7 +58,10 @@ def redacted(address: str) -> str:
     """
     if "://" not in address:
         return "pipe:..." if address.startswith("pipe:") else address
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        return address.partition("://")[0] + "://..."
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
@@ -72,11 +75,19 @@ def problems(address: str, allow_pipe: bool) -> list[str]:
         if allow_pipe:
             return []
         return [f"{address.split()[0]} would run a command: set data.allow_pipe: true if you trust it"]
-    scheme = urlsplit(address).scheme
-    if "://" in address and scheme not in ("http", "https", *OBJECT_STORES):
+    if "://" not in address:
+        return []
+    try:
+        parts = urlsplit(address)
+        scheme, host, _ = parts.scheme, parts.hostname, parts.port
+    except ValueError as error:
+        return [f"{redacted(address)} is no address ({error}): write it like https://host/folder or s3://bucket/folder"]
+    if scheme not in ("http", "https", *OBJECT_STORES):
         allowed = ", ".join(["http", "https", *OBJECT_STORES])
         return [f"{redacted(address)} has scheme {scheme}: allowed are {allowed}, and plain paths"]
-    if scheme in OBJECT_STORES and "@" in urlsplit(address).netloc:
+    if not host:
+        return [f"{redacted(address)} names no host: write it like https://host/folder or s3://bucket/folder"]
+    if scheme in OBJECT_STORES and "@" in parts.netloc:
         return [
             f"{redacted(address)} has a user or password, which object stores do not take in an address: leave it out "
             "and give credentials in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile)"
@@ -139,6 +150,8 @@ def read_whole(store: Store, path: str, *, patience: float = 300.0) -> bytes:
         except TransientError as error:
             if time.monotonic() - last > patience:
                 raise RunError(f"{store.name}/{path} could not be read ({error}): look after the server") from error
+            if pause >= 1:
+                warn("%s/%s: %s; trying again", store.name, path, error)
             time.sleep(pause)
             pause = min(2 * pause, 10.0)
 

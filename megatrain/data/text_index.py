@@ -26,6 +26,7 @@ from megatrain.data.manifest import (
     HELD_OUT,
     MANIFEST,
     TEXT,
+    TEXT_PLACE,
     TOKENIZER,
     TRAIN,
     Manifest,
@@ -40,8 +41,6 @@ from megatrain.data.sources import find_sources, suffix_of
 from megatrain.data.tar import members
 from megatrain.data.tokenizer import Tokenizer
 
-PLACE = ".megatrain"
-"""Folder beside the files for what is made of them."""
 FILES = ("*.tar", "*.jsonl", "*.ndjson")
 """What is indexed of a folder."""
 _SHARD_TOKENS = 2**26
@@ -106,7 +105,7 @@ def index(options: IndexOptions, watch: Callable[[int], None] = lambda size: Non
     folder = options.folder
     _refuse_token_shards(folder)
     tokenizer = Tokenizer.open(options.tokenizer, options.end_of_document)
-    sources = find_sources([folder], include=FILES)
+    sources = files_of(folder)
     content = options.tokenizer.read_bytes()
     with written_whole(folder / TOKENIZER, "wb") as file:
         file.write(content)
@@ -123,13 +122,29 @@ def index(options: IndexOptions, watch: Callable[[int], None] = lambda size: Non
         watch(found.size)
     train = Split(tuple(entries), form=TEXT, text_field=options.text_field)
     if not train.documents:
-        raise DataError(f"nothing to train on in {folder} ({dict(tally.refused) or 'its files are empty'})")
+        raise DataError(f"nothing to train on in {folder}: {tally.said()}")
     entry = TokenizerEntry(tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.end_of_document)
     provenance = {"files": len(sources), "held_out": options.held_out, "refused": tally.as_json()}
     splits = {TRAIN: train, HELD_OUT: Split(tuple(held_out.close()))}
     manifest = Manifest(folder.resolve().name, entry, dtype, splits, provenance)
     manifest.write(folder)
     return manifest
+
+
+def files_of(folder: Path) -> list[Source]:
+    """The files of a folder that can be indexed.
+
+    Raises:
+        DataError: it has none, or is no folder.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder: give the folder that the tars or JSON lines are in")
+    if not any(path.is_file() for pattern in FILES for path in folder.rglob(pattern)):
+        raise DataError(
+            f"{folder} has no {', '.join(pattern[1:] for pattern in FILES)} file: other formats, and compressed ones, "
+            "become token shards with `megatrain data build`"
+        )
+    return find_sources([folder], include=FILES)
 
 
 def _refuse_token_shards(folder: Path) -> None:
@@ -185,7 +200,7 @@ def _look(job: _Job) -> _Indexed:
 
 def _write(folder: Path, number: int, source: Source, found: _Indexed) -> ShardEntry:
     """Write the index of a file."""
-    index = f"{PLACE}/{TRAIN}/text-{number:06d}.index"
+    index = f"{TEXT_PLACE}/{TRAIN}/text-{number:06d}.index"
     (folder / index).parent.mkdir(parents=True, exist_ok=True)
     rows = np.array([(s.offset, s.size, s.is_json) for s in found.spans], dtype=np.int64).reshape(-1, 3)
     columns = {
@@ -211,7 +226,7 @@ class _HeldOut:
 
     def write(self, document: Document) -> None:
         if self._shard is None:
-            self._shard = ShardWriter(self.folder, f"{PLACE}/{HELD_OUT}", len(self.done), self.dtype)
+            self._shard = ShardWriter(self.folder, f"{TEXT_PLACE}/{HELD_OUT}", len(self.done), self.dtype)
         (ids,) = self.tokenizer.encode_documents([document.text])
         self._shard.write(document.id, ids, len(document.text.encode()))
         if self._shard.tokens >= _SHARD_TOKENS:

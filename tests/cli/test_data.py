@@ -1,6 +1,9 @@
 """The data commands that need a run file."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,6 +45,42 @@ def test_the_trace_is_a_line_a_batch_and_the_same_for_any_number_of_ranks(run_fi
     assert len({row["sha256"] for row in alone}) == 6
     assert trace(run_file, "--steps", "2:6", "--dp", "2") == alone[2:]
     assert trace(run_file, "--steps", "0:6", "seed=1") != alone
+
+
+def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own: what a shell sees of it."""
+    command = [sys.executable, "-m", "megatrain", "data", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_what_is_wrong_is_one_sentence_and_code_2_and_damage_is_code_1(run_file, tmp_path):
+    built, tokenizer = run_file.parent / "data", run_file.parent / "data/tokenizer.json"
+    damaged = tmp_path / "damaged"
+    shutil.copytree(built, damaged)
+    next((damaged / "train").glob("*.tar")).unlink()
+    assert call("verify", built).returncode == 0
+    done = call("verify", damaged, "--json")
+    assert (done.returncode, json.loads(done.stdout)["ok"]) == (1, False)
+    for words, message in (
+        (("verify", built, "--workers", "0"), "--workers"),
+        (("trace", run_file, "--dp", "0"), "--dp"),
+        (("trace", run_file, "data.sources.0.weight=.inf"), "must be a number above 0"),
+        (("trace", run_file, "data.sources.0.path=http://[::1"), "is no address"),
+        (("trace", run_file, "data.sources.0.path=http://"), "names no host"),
+        (("trace", run_file, "data.sources.0.path=http://u:PW@127.0.0.1:99999/x"), "is no address"),
+        (("build", run_file, "--separator", "", "--out", tmp_path / "o"), "separator is empty"),
+        (("build", built, "--out", tmp_path / "o"), "is a data set that was built already"),
+        (("build", run_file, run_file, "--out", tmp_path / "o"), "twice"),
+        (("build", run_file.parent / "a.jsonl", "--text-field", "no", "--out", tmp_path / "o"), "--text-field"),
+        (("index", run_file, "--tokenizer", tokenizer), "is no folder"),
+        (("index", built.parent, "--tokenizer", run_file), "is not a tokenizer"),
+        (("seen", tmp_path / "nothing", "--document", "a"), "does not exist"),
+    ):
+        done = call(*words)
+        assert done.returncode == 2, f"{words}: {done.stdout}{done.stderr}"
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+        assert "PW" not in done.stderr
 
 
 def test_a_range_that_is_none_is_refused(run_file):

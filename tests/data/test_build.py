@@ -350,7 +350,7 @@ def test_growing_a_corpus_moves_no_document_to_the_other_split(built, corpus, tm
 
 def test_nothing_but_refused_files_is_an_error_with_the_reasons(tmp_path):
     (tmp_path / "a").write_bytes(b"\xff")
-    with pytest.raises(DataError, match=r"nothing to train on in 1 files .1 not UTF-8"):
+    with pytest.raises(DataError, match=r"nothing to train on in 1 files: 1 not UTF-8"):
         build(options(tmp_path / "a", tmp_path / "data"))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 

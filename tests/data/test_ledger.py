@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from megatrain.data.manifest import Manifest
 from megatrain.data.seen import _data, documents_by_step, seen
 from megatrain.data.stream import Order, Stream
 from megatrain.data.trace import trace
+from tests.data.corpora import write
 
 SEED, BATCH = 3, 4
 
@@ -257,6 +259,20 @@ def test_a_held_out_document_was_never_trained_on(sources, tmp_path):
     assert (found.split, found.steps) == ("held_out", ())
 
 
+def test_an_id_that_was_trained_on_and_held_out_is_told_of_both(tmp_path):
+    train, held = ({"same": np.arange(1, n)} for n in (40, 9))
+    write(tmp_path / "data", {"other": np.arange(1, 80), **train}, held)
+    run = Run(tmp_path, data_of(str(tmp_path / "data")))
+    run.train(4)
+    run.write()
+    found = {one.split: one.steps for one in seen(tmp_path, document="same")}
+    assert found == {
+        "train": tuple(step for step, ids in run.expected().items() if "same" in {id for _, id in ids}),
+        "held_out": (),
+    }
+    assert found["train"]
+
+
 def test_a_document_that_is_none_is_refused_with_the_nearest(sources, tmp_path):
     run = Run(tmp_path, data_of(sources[0]))
     run.train(1)
@@ -265,5 +281,5 @@ def test_a_document_that_is_none_is_refused_with_the_nearest(sources, tmp_path):
         seen(tmp_path, document="a.jsnl:7")
     with pytest.raises(DataError, match="contains 'Document'"):
         seen(tmp_path, contains="Document")
-    with pytest.raises(DataError, match=r"has no ledger.jsonl"):
+    with pytest.raises(DataError, match=r"does not exist|has no ledger.jsonl"):
         seen(tmp_path / "elsewhere", document="a")
