@@ -5,73 +5,23 @@ A peer is a function that takes one optimiser step and returns its loss. Run as 
 """
 
 import argparse
-import contextlib
 import json
 import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from importlib.util import find_spec
 
+import libraries
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from recipe import BETAS, CLIP, EPS, LR, THETA, WEIGHT_DECAY, Shape, Step, by_hand, decoder, fill, weights_of
 
 from megatrain.base.device import Device
 from megatrain.engine.api import ENGINE, Parts, Precision
-from megatrain.models.decoder import Decoder
 from megatrain.nn.batch import Batch
-from megatrain.nn.norm.rms_norm import RMSNorm
-from megatrain.nn.position.rotary import Rotary
 from megatrain.optim.kinds.adamw import AdamW
 from megatrain.parallel.mesh import Mesh
-from megatrain.parallel.shard import initialise
-
-EPS, THETA, LR, CLIP = 1e-5, 10_000.0, 1e-3, 1.0
-BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.1
-
-Step = Callable[[], float]
-
-
-@dataclass(frozen=True)
-class Shape:
-    d_model: int = 256
-    n_layers: int = 8
-    n_heads: int = 8
-    d_ff: int = 688
-    vocab_size: int = 8192
-    seq_len: int = 256
-    batch: int = 8
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a step."""
-        return self.batch * self.seq_len
-
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """Tokens and targets, [batch, seq_len]: a Zipf-like stream, so that there is something to learn."""
-        ranks = torch.arange(1, self.vocab_size + 1, dtype=torch.float64)
-        g = torch.Generator().manual_seed(0)
-        stream = torch.multinomial(1 / ranks, self.batch * (self.seq_len + 1), replacement=True, generator=g)
-        rows = stream.view(self.batch, -1)
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-
-
-def decoder(shape: Shape) -> nn.Module:
-    s = shape
-    choice = Decoder(
-        d_model=s.d_model,
-        n_layers=s.n_layers,
-        n_heads=s.n_heads,
-        d_ff=s.d_ff,
-        tie_embeddings=False,
-        norm=RMSNorm(eps=EPS),
-        position=Rotary(theta=THETA),
-    )
-    model = choice.build(n_valid=s.vocab_size, seq_len=s.seq_len)
-    initialise(model, seed=0)
-    return model
-
 
 # ------------------------------------------------------------------------------------------------ the peers
 
@@ -118,62 +68,44 @@ def transformers(shape: Shape, bf16: bool, compiled: bool) -> Step:
         attn_implementation="sdpa",
     )
     model = LlamaForCausalLM(config).train()
-    model.load_state_dict(renamed(decoder(shape).state_dict()))
+    fill(
+        model,
+        weights_of(s),
+        {
+            "embedding": "model.embed_tokens.weight",
+            "q": "model.layers.{i}.self_attn.q_proj.weight",
+            "k": "model.layers.{i}.self_attn.k_proj.weight",
+            "v": "model.layers.{i}.self_attn.v_proj.weight",
+            "out": "model.layers.{i}.self_attn.o_proj.weight",
+            "gate": "model.layers.{i}.mlp.gate_proj.weight",
+            "up": "model.layers.{i}.mlp.up_proj.weight",
+            "down": "model.layers.{i}.mlp.down_proj.weight",
+            "attention_norm": "model.layers.{i}.input_layernorm.weight",
+            "feed_forward_norm": "model.layers.{i}.post_attention_layernorm.weight",
+            "norm": "model.norm.weight",
+            "head": "lm_head.weight",
+        },
+    )
     tokens, targets = shape.rows()
     run = torch.compile(model) if compiled else model
     return by_hand(model, lambda: run(input_ids=tokens, labels=targets, shift_labels=targets).loss, bf16)
 
 
-def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our decoder's weights under the names of transformers' Llama."""
-    plain = {
-        "attention_norm": "input_layernorm",
-        "feed_forward_norm": "post_attention_layernorm",
-        "attention.to_out": "self_attn.o_proj",
-        "feed_forward.down": "mlp.down_proj",
-    }
-    ends = {
-        "embedding.weight": "model.embed_tokens.weight",
-        "norm.weight": "model.norm.weight",
-        "head.weight": "lm_head.weight",
-    }
-    found = {}
-    for name, tensor in weights.items():
-        if name in ends:
-            found[ends[name]] = tensor
-            continue
-        _, i, *middle, _ = name.split(".")
-        part = ".".join(middle)
-        if part == "attention.to_qkv":
-            pieces = {f"self_attn.{k}_proj": piece for k, piece in zip("qkv", tensor.chunk(3), strict=True)}
-        elif part == "feed_forward.gate_up":
-            pieces = {f"mlp.{k}_proj": piece for k, piece in zip(("gate", "up"), tensor.chunk(2), strict=True)}
-        else:
-            pieces = {plain[part]: tensor}
-        found |= {f"model.layers.{i}.{key}.weight": piece for key, piece in pieces.items()}
-    return found
+PEERS: dict[str, Callable[[Shape, bool, bool], Step]] = {
+    "megatrain": megatrain,
+    "plain": plain,
+    "transformers": transformers,
+    "torchtitan": libraries.torchtitan,
+    "litgpt": libraries.litgpt,
+    "olmo-core": libraries.olmo_core,
+    "megatron-core": libraries.megatron_core,
+}
+NEEDS = {"torchtitan": "torchtitan", "litgpt": "litgpt", "olmo-core": "olmo_core", "megatron-core": "megatron"}
 
 
-def by_hand(model: nn.Module, loss_of: Callable[[], Tensor], bf16: bool) -> Step:
-    """The usual loop: autocast, backward, clip, fused AdamW; norm gains are not decayed."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    gains = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": gains, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, fused=True)
-
-    def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
-            loss = loss_of()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
-
-    return step
-
-
-PEERS: dict[str, Callable[[Shape, bool, bool], Step]] = {f.__name__: f for f in (megatrain, plain, transformers)}
+def installed() -> list[str]:
+    """Names of the peers whose library is here."""
+    return [name for name in PEERS if find_spec(NEEDS.get(name, name if name == "transformers" else "torch"))]
 
 
 # ------------------------------------------------------------------------------------------------ one process

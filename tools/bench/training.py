@@ -1,4 +1,4 @@
-"""Training speed on CPU beside plain torch and transformers, in lockstep.
+"""Training speed on CPU beside plain torch and the peers that are installed, in lockstep.
 
     python tools/bench/training.py --precision fp32 bf16 --cycles 9
     python tools/bench/training.py --peers megatrain plain --json out.jsonl
@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from lockstep import HERE, Peer, Quartiles, run, speed_ratio
-from peers import PEERS, Shape
+from peers import PEERS, installed
+from recipe import Shape
 
-ALL = [name + suffix for suffix in ("", "+compile") for name in PEERS]
+MODES = ("", "+compile")
+ALL = [name + mode for mode in MODES for name in PEERS]
 OURS = "megatrain"
 
 
@@ -93,7 +95,7 @@ def environment(threads: int, cycles: int, launches: int, batch: int) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
-    parser.add_argument("--peers", nargs="+", choices=ALL, default=ALL)
+    parser.add_argument("--peers", nargs="+", choices=ALL, default=[n + mode for mode in MODES for n in installed()])
     parser.add_argument("--cycles", type=int, default=9, help="steps of each peer in a launch")
     parser.add_argument("--launches", type=int, default=1, help="times that everything is started anew")
     parser.add_argument("--batch", type=int, default=Shape.batch, help="sequences of a step")
@@ -102,6 +104,8 @@ def main() -> None:
         "--json", type=Path, help="file to write the conditions and every step's cost to, a line a peer"
     )
     a = parser.parse_args()
+    if absent := sorted(PEERS.keys() - installed()):
+        print(f"left out, since they are not installed: {', '.join(absent)}")
     conditions, lines = environment(a.threads, a.cycles, a.launches, a.batch), []
     for precision in a.precision:
         for launch in range(a.launches):
