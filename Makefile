@@ -80,6 +80,7 @@ check: setup
 
 bench: setup
 	$(BIN)/python tools/bench/training.py $(ARGS)
+	$(BIN)/python tools/bench/overhead.py
 
 clean:
 	rm -rf build demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
