@@ -127,6 +127,7 @@ def _rank(rank: int, n: int, folder: Path, sender: Any, call: bytes) -> None:
     log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    faulthandler.enable()  # a rank that crashes says where, in its log
     faulthandler.register(signal.SIGUSR1, file=open(folder / f"rank-{rank}.stack", "w"))  # noqa: SIM115
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n),
