@@ -59,8 +59,8 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the package raises plain Exception
             raise DataError(
-                f"{origin} is not a tokenizer ({error}): give a tokenizer.json of the tokenizers package, or leave "
-                "--tokenizer out to train one"
+                f"{origin} is not a tokenizer ({error}): give a tokenizer.json of the tokenizers package; where it is "
+                "a data set's own, bring that file back"
             ) from error
         backend.no_truncation()
         backend.no_padding()
