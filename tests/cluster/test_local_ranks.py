@@ -46,7 +46,8 @@ def launcher():
 
     def start(n: int, command: list[str], **streams) -> subprocess.Popen:
         code = (
-            f"import sys; from megatrain.cluster.local_ranks import run_local_ranks as r; sys.exit(r({n}, {command!r}))"
+            "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); "  # the tests may run under nohup
+            f"from megatrain.cluster.local_ranks import run_local_ranks as r; sys.exit(r({n}, {command!r}))"
         )
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | streams
         process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **streams)
