@@ -6,6 +6,7 @@ tokens, at the price of encoding that document again. What follows cannot be for
 reads a slot knows where it stands; `slots.merged` puts the places of all together.
 """
 
+import itertools
 import json
 from collections import deque
 from dataclasses import dataclass, field
@@ -153,12 +154,12 @@ class TextReader:
             while begin is not None and end is not None and end < begin + window:
                 found.append(_Found(other, end, *self.corpus.next_document(other, self.n_slots, end)))
                 end = found[-1].after
-        sound = [one for one in found if one.shard.damaged(one.place, one.place + 1) is None]
-        encoded = self.tokenizer.encode_documents([self.text(one.shard.shard, one.number) for one in sound])
-        ids = dict(zip(map(id, sound), encoded, strict=True))
-        for one in found:
-            reading = Reading(one.asked, one.position, one.shard, one.number, one.after, ids.get(id(one)))
-            self._ahead[one.slot].append(reading)
+        sound = [one.shard.damaged(one.place, one.place + 1) is None for one in found]
+        texts = [self.text(one.shard.shard, one.number) for one in itertools.compress(found, sound)]
+        encoded = iter(self.tokenizer.encode_documents(texts))
+        for one, is_sound in zip(found, sound, strict=True):
+            ids = next(encoded) if is_sound else None
+            self._ahead[one.slot].append(Reading(one.asked, one.position, one.shard, one.number, one.after, ids))
 
     def _upto(self, slot: int) -> int | None:
         """Where the document ends that a slot is in."""

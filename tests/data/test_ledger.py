@@ -281,5 +281,8 @@ def test_a_document_that_is_none_is_refused_with_the_nearest(sources, tmp_path):
         seen(tmp_path, document="a.jsnl:7")
     with pytest.raises(DataError, match="contains 'Document'"):
         seen(tmp_path, contains="Document")
-    with pytest.raises(DataError, match=r"does not exist|has no ledger.jsonl"):
+    with pytest.raises(DataError, match=r"elsewhere does not exist"):
+        seen(tmp_path / "elsewhere", document="a")
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(DataError, match=r"has no ledger.jsonl"):
         seen(tmp_path / "elsewhere", document="a")

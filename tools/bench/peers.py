@@ -100,12 +100,19 @@ PEERS: dict[str, Callable[[Shape, bool, bool], Step]] = {
     "olmo-core": libraries.olmo_core,
     "megatron-core": libraries.megatron_core,
 }
-NEEDS = {"torchtitan": "torchtitan", "litgpt": "litgpt", "olmo-core": "olmo_core", "megatron-core": "megatron"}
+NEEDS = {
+    "transformers": "transformers",
+    "torchtitan": "torchtitan",
+    "litgpt": "litgpt",
+    "olmo-core": "olmo_core",
+    "megatron-core": "megatron",
+}
+"""The module that a peer is made with, where it is another than torch."""
 
 
 def installed() -> list[str]:
     """Names of the peers whose library is here."""
-    return [name for name in PEERS if find_spec(NEEDS.get(name, name if name == "transformers" else "torch"))]
+    return [name for name in PEERS if find_spec(NEEDS.get(name, "torch"))]
 
 
 # ------------------------------------------------------------------------------------------------ one process
