@@ -73,9 +73,6 @@ def say(message: str) -> None:
     rank = os.environ.get("RANK", "0")
     prefix = "megatrain: " if rank == "0" else f"megatrain [rank {rank}]: "
     lines = message.splitlines() or [""]
-    if len(lines) == 1:
-        print(prefix + lines[0], file=sys.stderr)
-    else:
-        print(f"{prefix}{len(lines)} problems", file=sys.stderr)
-        for line in lines:
-            print(f"  - {line}", file=sys.stderr)
+    if len(lines) > 1:
+        lines = [f"{len(lines)} problems", *(f"  - {line}" for line in lines)]
+    sys.stderr.write(prefix + "\n".join(lines) + "\n")  # one write: other ranks speak at the same time

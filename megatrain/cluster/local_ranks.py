@@ -108,7 +108,8 @@ class _Rank:
                 text = line.decode(errors="replace").rstrip("\n")
                 self.said.append(text)
                 if text.startswith("[rank "):
-                    print(text, file=sys.stderr, flush=True)
+                    sys.stderr.write(text + "\n")  # one write, or rank 0's words come between a line and its end
+                    sys.stderr.flush()
 
     def send(self, signal_number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
