@@ -12,8 +12,10 @@ Per layer and micro-batch, with A the bytes of its hidden states [b, t, d] over 
 | cp, ring | size - 1 shifts of keys and values | the same, and size shifts of their gradients in float32 |
 | cp, ulysses | 4 all-to-alls: queries, keys, values, output | the same |
 
-Two of the backward's all-gathers collect again what forward did not keep; they run beside a product. A pipeline's ranks
-do so for their own layers, and send hidden states and their gradients to the ranks of the neighbouring stages.
+Two of the backward's all-gathers collect again what forward did not keep, beside a product; schedules that leave weight
+gradients for later keep it. Recomputation does forward's part again, up to the last tensor that backward needs. A
+pipeline's ranks do all this for their own layers, and send hidden states and their gradients to the ranks of the
+neighbouring stages.
 """
 
 import math
@@ -27,8 +29,10 @@ from torch import nn
 
 from megatrain.audit.communication import Traffic
 from megatrain.engine.gradients import BUCKET_ELEMENTS
+from megatrain.engine.kinds.deepspeed import DeepSpeed
 from megatrain.engine.layout import Layout, resolve_engine
 from megatrain.engine.schedules import PipelinePlan
+from megatrain.models.recompute import SELECTIVE, recomputes
 from megatrain.models.stages import Span, Stages
 from megatrain.parallel.cross_entropy import chunk_rows
 from megatrain.parallel.mesh import Mesh
@@ -95,6 +99,14 @@ class StepShape:
         """On this rank."""
         return sum(span.stop - span.start for span in self.spans.values())
 
+    @property
+    def recomputed(self) -> tuple[int, int]:
+        """This rank's layers whose attention is computed again in backward, and those of which all is."""
+        what = self.layout.recompute
+        numbers = [i for span in self.spans.values() for i in range(span.start, span.stop)]
+        blocks = sum(recomputes(str(i), what) for i in numbers)
+        return (len(numbers) if what == SELECTIVE else blocks), blocks
+
     @cached_property
     def local_model(self) -> Stages:
         """What this rank holds, without memory."""
@@ -106,13 +118,11 @@ class StepShape:
 
 
 def step_traffic(step: StepShape) -> Tally:
-    """All that one rank communicates in a step of plain, fsdp2, or DeepSpeed's stages 1 and 2.
+    """All that one rank communicates in a step.
 
     Raises:
-        ValueError: recomputation, or another engine.
+        ValueError: a pipeline under DeepSpeed's stage 3, which gathers as it sees micro-batches come.
     """
-    if step.layout.recompute != "none":
-        raise ValueError("recomputation is not in these formulas")
     found = Tally()
     for _ in range(step.micro_batches):
         tensor_parallel(step, found)
@@ -121,14 +131,16 @@ def step_traffic(step: StepShape) -> Tally:
     if step.plan is not None:
         found.add("pp", "all_reduce", FLOAT32)  # the loss
     resolved = resolve_engine(step.layout, step.mesh.size)
-    if resolved.engine == "plain":
-        gradients_all_reduced(step, found)
+    if resolved.zero == 0:
+        gradients_all_reduced(step, found, BUCKET_ELEMENTS if resolved.engine == "plain" else math.inf)
     elif resolved.engine == "fsdp2":
         fully_sharded(step, found, resolved.zero)
     elif resolved.zero in (1, 2):
-        zero_partitioned(step, found, resolved.zero)
+        zero_partitioned(step, found, every_pass=resolved.zero == 2 and step.plan is None)
+    elif step.plan is None:
+        partitioned_by_deepspeed(step, found)
     else:
-        raise ValueError("what DeepSpeed gathers ahead in stage 3 is not in these formulas")
+        raise ValueError("what DeepSpeed's stage 3 gathers under a pipeline's schedule has no closed form here")
     return found
 
 
@@ -141,11 +153,16 @@ def tensor_parallel(step: StepShape, found: Tally) -> None:
         return
     spans = step.spans.values()
     ends = sum(span.first for span in spans) + sum(span.last for span in spans)
+    attentions, blocks = step.recomputed
+    # a block's last sum over ranks is done again only where something keeps what comes of it
+    kept = step.model.dropout > 0 or step.model.norm.placement in ("post", "output")
+    sums = 4 * step.n_layers + blocks * (2 if kept else 1) + ends
     if step.layout.cuts_sequence:  # at the ends: the embeddings and their gradient, the head's input and its gradient
-        found.add("tp", "all_gather", step.hidden_bytes, 6 * step.n_layers + ends)
-        found.add("tp", "reduce_scatter", step.hidden_bytes, 4 * step.n_layers + ends)
+        gathers = 6 if step.plan is None or not step.plan.schedule.splits_backward else 4
+        found.add("tp", "all_gather", step.hidden_bytes, gathers * step.n_layers + attentions + blocks + ends)
+        found.add("tp", "reduce_scatter", step.hidden_bytes, sums)
     else:
-        found.add("tp", "all_reduce", step.hidden_bytes, 4 * step.n_layers + ends)
+        found.add("tp", "all_reduce", step.hidden_bytes, sums)
     if not any(span.last for span in spans):
         return
     rows = chunk_rows(step.n_valid, step.tp, step.device)
@@ -160,14 +177,15 @@ def context_parallel(step: StepShape, found: Tally) -> None:
     size, layers = step.mesh.axis("cp").size, step.n_layers
     if size == 1:
         return
+    forwards = layers + step.recomputed[0]
     head = step.tokens * step.model.width_of_head
     queries, keys = head * (step.model.n_heads // step.tp), head * max(1, step.model.kv_heads // step.tp)
     if step.layout.cp_kind == "ring":
-        found.add("cp", "all_to_all", 2 * keys * step.element, 2 * (size - 1) * layers)
+        found.add("cp", "all_to_all", 2 * keys * step.element, (size - 1) * (forwards + layers))
         found.add("cp", "all_to_all", 2 * keys * FLOAT32, size * layers)
     else:
-        found.add("cp", "all_to_all", queries * step.element, 4 * layers)  # queries and the output, both ways
-        found.add("cp", "all_to_all", keys * step.element, 4 * layers)
+        found.add("cp", "all_to_all", queries * step.element, 2 * (forwards + layers))  # queries and the output
+        found.add("cp", "all_to_all", keys * step.element, 2 * (forwards + layers))
 
 
 def pipeline(step: StepShape, found: Tally) -> None:
@@ -186,35 +204,57 @@ def pipeline(step: StepShape, found: Tally) -> None:
 # ------------------------------------------------------------------------------------------------ around the model
 
 
-def gradients_all_reduced(step: StepShape, found: Tally) -> None:
-    """The plain engine, once a step: counts of tokens, gradients, the norm, the loss."""
+def gradients_all_reduced(step: StepShape, found: Tally, bucket: float) -> None:
+    """The plain engine and DeepSpeed's stage 0, once a step: counts of tokens, gradients, the norm, the loss."""
     parameters = list(step.local_model.parameters())
     _sums_of_parts(step, parameters, found, 1)
     _norm(step, found, ("tp", "pp"))
     tied_ends(step, found, 1)
     if step.mesh.axis("data").size > 1:
         found.add("data", "all_reduce", FLOAT32, 2)
-        for elements in _buckets([p.numel() for p in parameters]):
+        for elements in _buckets([p.numel() for p in parameters], bucket):
             found.add("data", "all_reduce", elements * FLOAT32)
 
 
-def zero_partitioned(step: StepShape, found: Tally, zero: int) -> None:
+def zero_partitioned(step: StepShape, found: Tally, *, every_pass: bool) -> None:
     """DeepSpeed's stages 1 and 2, where gradients fill one bucket and partitions are equal.
 
-    Both sum whole gradients, stage 2 those of every micro-batch; then each group of the optimiser is gathered.
+    Both sum whole gradients, stage 2 without a pipeline those of every micro-batch; then each group of the optimiser is
+    gathered.
     """
     parameters = list(step.local_model.parameters())
-    rounds = step.micro_batches if zero == 2 else 1
+    rounds = step.micro_batches if every_pass else 1
     found.add("data", "all_reduce", sum(p.numel() for p in parameters) * FLOAT32, rounds)
     for group in ([p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim == 1]):
         found.add("data", "all_gather", sum(p.numel() for p in group) * FLOAT32)
     found.add("data", "all_reduce", FLOAT32, 2)
-    _norm(step, found, ("data", "tp"))
-    if zero == 1:
+    _norm(step, found, ("data", "tp", "pp"))
+    tied_ends(step, found, 1)
+    if every_pass:
+        _sums_in_backward(step, parameters, found)
+    else:
         _sums_of_parts(step, parameters, found, 1)
-    for p in parameters if zero == 2 else ():  # in backward, one by one, before DeepSpeed takes them
-        for _ in range(step.micro_batches):
-            _sums_of_parts(step, [p], found, 1)
+
+
+def partitioned_by_deepspeed(step: StepShape, found: Tally) -> None:
+    """Its stage 3, for models of which all is gathered in one go: a pass keeps it from forward to backward.
+
+    Parameters that are small stay whole, and are gathered one by one after the optimiser's step.
+    """
+    parameters = list(step.local_model.parameters())
+    small = [p.numel() for p in parameters if p.numel() < DeepSpeed.persistent_below]
+    whole = sum(p.numel() for p in parameters)
+    found.add("data", "reduce_scatter", whole * FLOAT32, step.micro_batches)
+    if whole > sum(small):
+        found.add("data", "all_gather", (whole - sum(small)) * step.element, step.micro_batches)
+    for n in small:
+        found.add("data", "all_gather", n * step.element)
+    found.add("data", "all_reduce", FLOAT32, 2)
+    _norm(step, found, ("data", "tp"))
+    for axis in ("data", "model"):  # DeepSpeed looks for overflow and takes a norm of its own
+        if step.mesh.axis(axis).size > 1:
+            found.add(axis, "all_reduce", FLOAT64, 2)
+    _sums_in_backward(step, parameters, found)
 
 
 def fully_sharded(step: StepShape, found: Tally, zero: int) -> None:
@@ -270,11 +310,18 @@ def _sums_of_parts(step: StepShape, parameters: list[nn.Parameter], found: Tally
             found.add("tp", "all_to_all", n * sharers * FLOAT32)
 
 
-def _buckets(sizes: list[int]) -> list[int]:
-    """Elements of each bucket that the plain engine reduces."""
+def _sums_in_backward(step: StepShape, parameters: list[nn.Parameter], found: Tally) -> None:
+    """One by one with every micro-batch, before DeepSpeed takes them."""
+    for p in parameters:
+        for _ in range(step.micro_batches):
+            _sums_of_parts(step, [p], found, 1)
+
+
+def _buckets(sizes: list[int], full: float) -> list[int]:
+    """Elements of each bucket that is reduced; one is closed when it holds `full` elements."""
     found: list[int] = []
     for n in sizes:
-        if not found or found[-1] >= BUCKET_ELEMENTS:
+        if not found or found[-1] >= full:
             found.append(0)
         found[-1] += n
     return found

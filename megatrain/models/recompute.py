@@ -32,13 +32,18 @@ def recompute(layers: nn.ModuleDict, what: str) -> None:
             block.feed_forward.project = _again(block.feed_forward.project)
         elif what == SELECTIVE:
             block.attention.forward = _again(block.attention.forward)
-        elif what == FULL or (what != NONE and fnmatchcase(name, what)):
+        elif recomputes(name, what):
             block.forward = _again(block.forward)
+
+
+def recomputes(name: str, what: str) -> bool:
+    """Whether all of the block of that name is computed again."""
+    return what == FULL or fnmatchcase(name, what)
 
 
 def unmatched(n_layers: int, what: str) -> list[str]:
     """A sentence if `what` is a pattern that matches no block."""
-    if what in (NONE, *INSIDE, FULL) or any(fnmatchcase(str(i), what) for i in range(n_layers)):
+    if what in (NONE, *INSIDE, FULL) or any(recomputes(str(i), what) for i in range(n_layers)):
         return []
     return [
         f"layout.recompute is {what!r}, which is none of {NONE}, {ELEMENTWISE}, {SELECTIVE}, {FULL} and matches no "

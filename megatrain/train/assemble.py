@@ -12,9 +12,8 @@ import torch
 
 from megatrain.base.device import Device, cpu_threads
 from megatrain.base.errors import PreemptedError, RunError
-from megatrain.base.files import read_json_lines, written_whole
-from megatrain.base.log import log, start_logging, warn
-from megatrain.base.units import show_count
+from megatrain.base.files import written_whole
+from megatrain.base.log import log, start_logging
 from megatrain.checkpoint.checkpoints import Checkpoints
 from megatrain.checkpoint.exchange import Exchange
 from megatrain.checkpoint.origin import revision, versions
@@ -28,14 +27,13 @@ from megatrain.data.held_out import HeldOut
 from megatrain.data.ledger import order_of
 from megatrain.data.manifest import HELD_OUT, TOKENIZER, TRAIN, Manifest
 from megatrain.data.slots import merged
-from megatrain.engine.dtypes import dtype_table, lines
+from megatrain.engine.dtypes import dtype_table
 from megatrain.engine.guard import Guarded
 from megatrain.engine.layout import resolve_engine
 from megatrain.engine.schedules import PipelinePlan
 from megatrain.nn.batch import Batch
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.product import CPU_MULTIPLIES_BF16
-from megatrain.report.page import write_report
 from megatrain.train.agreement import Drift, refuse_disagreement, refuse_drift
 from megatrain.train.build import build_engine, context_part, open_feed, pipeline_of
 from megatrain.train.check import refuse
@@ -50,6 +48,7 @@ from megatrain.train.hooks.ledger import Bookkeeping
 from megatrain.train.hooks.metrics import Metrics
 from megatrain.train.hooks.saving import Saving
 from megatrain.train.hooks.wandb import Wandb
+from megatrain.train.narration import loss_of_a_peer, say_what_came, say_what_runs
 from megatrain.train.resume import commit_to_resume, finished, lineage, refuse_other_ledger, refuse_other_tokenizer
 from megatrain.train.stop import StopRequest, StopVote
 from megatrain.train.throughput import Throughput
@@ -228,7 +227,7 @@ class Session:
     def train(self) -> None:
         """The run, with its hooks; whatever ends it is written to events.jsonl."""
         throughput = self._throughput()
-        self._say_what_runs(throughput)
+        say_what_runs(self.facts(), throughput, self.run.layout.schedule, self.resumed_at)
         handle = self._handle(throughput)
         if self.resumed_at == 0 and self.held_out:
             self.note("evaluated", **self.evaluate())
@@ -256,7 +255,9 @@ class Session:
         except Exception as error:
             self.note("failed", error=f"{type(error).__name__}: {error}"[:2000])
             if lost_peer(error):
-                raise RunError(self._what_a_lost_peer_means(error)) from error
+                saved = self.checkpoints.committed
+                saved = self.resumed_at if saved is None else saved
+                raise RunError(loss_of_a_peer(error, self.state.step, saved)) from error
             raise
         finally:
             if outcome != "failed":
@@ -266,16 +267,7 @@ class Session:
             for hook in hooks:
                 hook.finish(outcome)
             if self.rank == 0:
-                self._say_what_came()
-                self._report()
-
-    def _what_a_lost_peer_means(self, error: Exception) -> str:
-        saved = self.checkpoints.committed if self.checkpoints.committed is not None else self.resumed_at
-        words = str(error).strip().splitlines()[0]
-        return (
-            f"another rank is gone or does not answer after step {self.state.step} ({words}): see what ended it; "
-            f"the same command goes on from step {saved}"
-        )
+                say_what_came(self.folder)
 
     def _hooks(self, handle: Handle) -> list[Hook]:
         run = self.run
@@ -335,43 +327,6 @@ class Session:
     def _lr(self, step: int) -> float:
         return self.run.optimizer.lr * self.run.schedule.lr_factor(step, self.run.total_steps)
 
-    def _say_what_runs(self, throughput: Throughput) -> None:
-        f = self.facts()
-        mesh = " ".join(f"{axis}={size}" for axis, size in f["mesh"].items() if size > 1) or "one rank"
-        log(
-            "%s: %s parameters, %s, engine %s, ZeRO %d, %s on %s; peak %.3g FLOP/s a rank (%s)",
-            self.run.name,
-            show_count(f["parameters"]),
-            mesh,
-            f["engine"],
-            f["zero"],
-            f["compute"],
-            f["device"],
-            throughput.peak,
-            throughput.peak_source,
-        )
-        for line in lines(self.dtypes):
-            log("  %s", line)
-        if self.pipeline is not None:
-            log("pipeline: schedule %s, layers of each stage %s", self.run.layout.schedule, f["stages"])
-        if self.resumed_at:
-            log("resumed at step %d of %d", self.resumed_at, self.run.total_steps)
-
-    def _say_what_came(self) -> None:
-        """Held-out loss of the first weights and of the last that were measured."""
-        measured = [e for e in read_json_lines(self.folder.events) if e["kind"] == "evaluated"]
-        measured += [line for line in read_json_lines(self.folder.metrics) if "held_out_loss" in line]
-        if len(measured) > 1:
-            first, last = measured[0], measured[-1]
-            log(
-                "held-out loss %.3f before, %.3f at step %d (nats a token); bits per byte %.3f before, %.3f now",
-                first["held_out_loss"],
-                last["held_out_loss"],
-                last["step"],
-                first["bits_per_byte"],
-                last["bits_per_byte"],
-            )
-
     # --------------------------------------------------------------------------------- what hooks ask for
 
     def evaluate(self) -> Record:
@@ -417,12 +372,6 @@ class Session:
     def note(self, kind: str, **facts: Any) -> None:
         if self.rank == 0:
             self.folder.note(kind, self.state.step, **facts)
-
-    def _report(self) -> None:
-        try:
-            log("report: %s", write_report(self.folder.path))
-        except Exception as error:  # a picture that cannot be drawn must not hide how the run ended
-            warn("report.html was not written: %s: %s", type(error).__name__, error)
 
     def _close_checkpoints(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Wait for the last save after a good end; after a failure do not wait for ranks that may be gone."""

@@ -15,6 +15,7 @@ from megatrain.engine.api import ENGINE, Parts, Precision
 from megatrain.engine.layout import Layout, resolve_engine
 from megatrain.engine.traffic import StepShape, step_traffic
 from megatrain.models.decoder import Decoder
+from megatrain.models.recompute import recompute
 from megatrain.models.stages import Stages
 from megatrain.nn.attention.sliding_window import SlidingWindow
 from megatrain.nn.batch import Batch
@@ -33,6 +34,8 @@ N_VALID, SEQ_LEN, ROWS = 37, 16, 4
 LLAMA = Decoder(d_model=16, n_layers=2, n_heads=8, n_kv_heads=2, d_ff=24, vocab_size=40)
 GPT = dataclasses.replace(LLAMA, n_kv_heads=4, position=Learned(), norm=LayerNorm(), tie_embeddings=False)
 DEEP = dataclasses.replace(LLAMA, n_layers=4)
+WIDE = dataclasses.replace(LLAMA, d_model=512, d_ff=600)  # weights that DeepSpeed cuts: of 100,000 elements and more
+POST = dataclasses.replace(GPT, norm=LayerNorm(placement="post"))
 WINDOW = dataclasses.replace(LLAMA, attention=SlidingWindow(window=3, qk_norm=True), dropout=0.1)
 
 
@@ -52,11 +55,13 @@ def counted(cases: list[tuple[Decoder, Layout]]) -> list[tuple[dict, dict]]:
         plan = layout.pipeline(model.costs(N_VALID, SEQ_LEN))
         built: Any = build() if plan is None else Stages.build(plan.spans(mesh.axis("pp").rank), build)
         initialise(built, seed=0)
+        recompute(built.layers, layout.recompute)
         resolved = resolve_engine(layout, mesh.size)
         parts = Parts(built, AdamW(lr=1e-3), mesh, Device("cpu"), Precision(), layout.micro_batch, resolved.zero, plan)
         engine = ENGINE[resolved.engine]().build(parts)
         given = rows_of_rank(batch(*[(5, 11)] * ROWS, vocab_size=N_VALID), layout, mesh)
-        engine.step(given, 1e-3)
+        for _ in range(2):  # DeepSpeed looks at the first ones to know what to gather ahead
+            engine.step(given, 1e-3)
         with Communication(group_names(mesh.groups)) as seen:
             engine.step(given, 1e-3)
         engine.close()
@@ -73,14 +78,25 @@ TWO = [
     (GPT, Layout(engine="plain")),
     (LLAMA, Layout(zero=1)),
     (LLAMA, Layout(zero=2)),
+    (LLAMA, Layout(zero=3)),
+    (WIDE, Layout(zero=3, micro_batch=2)),
     (LLAMA, Layout(engine="fsdp2", zero=2)),
     (LLAMA, Layout(engine="fsdp2", zero=3, micro_batch=2)),
+    (LLAMA, Layout(engine="deepspeed", zero=0)),
+    (GPT, Layout(tp=2, recompute="selective")),
+    (GPT, Layout(tp=2, recompute="elementwise")),
+    (LLAMA, Layout(tp=2, recompute="full")),
+    (GPT, Layout(tp=2, sequence_parallel=False, recompute="1")),
+    (POST, Layout(tp=2, recompute="full")),
+    (LLAMA, Layout(cp=2, engine="plain", recompute="selective")),
+    (LLAMA, Layout(cp=2, cp_kind="ulysses", engine="plain", micro_batch=2, recompute="full")),
 ]
 FOUR = [
     (LLAMA, Layout(tp=4)),
     (WINDOW, Layout(tp=2, cp=2, engine="plain")),
     (WINDOW, Layout(cp=4, engine="plain", micro_batch=2)),
     (LLAMA, Layout(tp=2, dp=2, zero=2)),
+    (GPT, Layout(tp=2, dp=2, zero=3)),
     (LLAMA, Layout(tp=2, dp=2, engine="fsdp2", zero=3)),
     (GPT, Layout(tp=2, dp=2, engine="plain")),
     (DEEP, Layout(tp=2, pp=2, engine="plain")),
@@ -88,6 +104,11 @@ FOUR = [
     (DEEP, Layout(cp=2, pp=2, schedule="zbv", engine="plain", micro_batch=2)),
     (DEEP, Layout(dp=2, pp=2, schedule="gpipe", engine="fsdp2", zero=2)),
     (dataclasses.replace(DEEP, tie_embeddings=False), Layout(dp=2, pp=2, schedule="zbv", engine="fsdp2", zero=2)),
+    (WINDOW, Layout(tp=2, cp=2, engine="plain", recompute="full")),
+    (DEEP, Layout(tp=2, pp=2, schedule="zbv", engine="plain", recompute="[13]")),
+    (DEEP, Layout(dp=2, pp=2, engine="deepspeed", zero=0)),
+    (DEEP, Layout(dp=2, pp=2, schedule="zbv", engine="deepspeed", zero=1)),
+    (DEEP, Layout(dp=2, pp=2, schedule="interleaved", engine="deepspeed", zero=2)),
 ]
 
 

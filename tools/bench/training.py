@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--peers", nargs="+", choices=ALL, default=[n + mode for mode in MODES for n in installed()])
-    parser.add_argument("--cycles", type=int, default=9, help="steps of each peer in a launch")
+    parser.add_argument("--cycles", type=int, default=9, help="steps, at least two, of each peer in a launch")
     parser.add_argument("--launches", type=int, default=1, help="times that everything is started anew")
     parser.add_argument("--batch", type=int, default=Shape.batch, help="sequences of a step")
     parser.add_argument("--threads", type=int, default=1)

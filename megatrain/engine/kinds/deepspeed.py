@@ -1,4 +1,4 @@
-"""ZeRO data parallelism (Rajbhandari et al. 2020, arXiv:1910.02054) by DeepSpeed: the only file that imports it.
+"""ZeRO data parallelism (Rajbhandari et al. 2020, arXiv:1910.02054) by DeepSpeed.
 
 DeepSpeed shards and reduces; the loop over micro-batches, the norm, the clip and the decision to skip are ours. It is
 given one optimiser step at a time (no accumulation of its own) and a plain torch optimiser, in which it puts flat
@@ -13,20 +13,16 @@ float32 partitions in the place of the parameters, one for each parameter group.
 Under a pipeline all stages do as stage 1: a schedule has several micro-batches under way at once.
 """
 
-import logging
-import os
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megatrain.base.device import Device
 from megatrain.base.errors import ConfigError
 from megatrain.engine.api import ENGINE, Engine, EngineCase, Parts, StepReport, no_masters
+from megatrain.engine.deepspeed_package import initialize, keep_compiled_blocks_whole, zero_config
 from megatrain.engine.gradients import Gradients, gradients_by_name, gradients_of, sum_partial
 from megatrain.engine.groups import connected
 from megatrain.engine.kinds.plain import PlainEngine
@@ -37,11 +33,8 @@ from megatrain.optim.norm import Pieces, clip_divisor, global_norm, not_finite
 from megatrain.optim.optimizer import guarded, set_lr, set_step_count, step_count
 from megatrain.optim.steps import load
 from megatrain.optim.whole import Held
-from megatrain.parallel.mesh import ALONE, Mesh
+from megatrain.parallel.mesh import ALONE
 from megatrain.parallel.shard import Shard, Slice, shard_of, shards, slices_of
-
-BUCKET_ELEMENTS = 2**26
-"""Most elements that DeepSpeed reduces or gathers at a time."""
 
 
 @ENGINE.register("deepspeed")
@@ -69,90 +62,6 @@ class DeepSpeed:
 
     def build(self, parts: Parts) -> Engine:
         return ZeroEngine(parts, self) if parts.zero else AllReduceEngine(parts)
-
-
-# ------------------------------------------------------------------------------------------------ DeepSpeed itself
-
-
-def imported(device: Device) -> ModuleType:
-    """The package, quiet, told of our device, and kept from compiling anything.
-
-    On CPU it would build a shared-memory communication op at every first start; a process that is killed meanwhile
-    leaves a lock behind on which all later ones hang.
-    """
-    os.environ.setdefault("DS_ACCELERATOR", device.kind)
-    os.environ.setdefault("LOCAL_RANK", str(device.index))  # it reads its device from nowhere else
-    logging.disable(logging.WARNING)  # while it is imported it speaks before it can be told not to
-    try:
-        import deepspeed
-    finally:
-        logging.disable(logging.NOTSET)
-    deepspeed.utils.logger.setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", r".*is deprecated\. Please use", FutureWarning)  # its calls, not the user's
-    deepspeed.ops.__compatible_ops__ = {}  # so it need not ask a compiler what could be built either
-    return deepspeed
-
-
-class Groups:
-    """Our mesh as DeepSpeed asks for it (its `mpu`). For it, model parallel is everything that is not data: tp x pp.
-
-    It must not have an attribute `initialize_sequence_parallel`, which would switch off sums over model-parallel ranks.
-    """
-
-    def __init__(self, mesh: Mesh):
-        self.data, self.model, self.tp, self.pp = (mesh.axis(name) for name in ("data", "model", "tp", "pp"))
-
-    def get_data_parallel_group(self) -> Any:
-        return self.data.group
-
-    def get_data_parallel_world_size(self) -> int:
-        return self.data.size
-
-    def get_data_parallel_rank(self) -> int:
-        return self.data.rank
-
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        return list(self.data.ranks)
-
-    def get_model_parallel_group(self) -> Any:
-        return self.model.group
-
-    def get_model_parallel_world_size(self) -> int:
-        return self.model.size
-
-    def get_model_parallel_rank(self) -> int:
-        return self.model.rank
-
-    def get_tensor_model_parallel_group(self) -> Any:
-        return self.tp.group
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return self.tp.size
-
-    def get_tensor_model_parallel_rank(self) -> int:
-        return self.tp.rank
-
-    def get_pipeline_model_parallel_group(self) -> Any:
-        return self.pp.group
-
-    def get_pipeline_model_parallel_world_size(self) -> int:
-        return self.pp.size
-
-    def get_pipeline_model_parallel_rank(self) -> int:
-        return self.pp.rank
-
-
-def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, device: Device, config: dict) -> Any:
-    """A DeepSpeed engine that takes one step at a time and neither measures nor clips the gradient."""
-    deepspeed = imported(device)
-    common = {
-        "train_micro_batch_size_per_gpu": 1,  # it only counts samples with these two
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,
-        "zero_allow_untested_optimizer": True,
-    }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=common | config, mpu=Groups(mesh))
-    return engine
 
 
 # ------------------------------------------------------------------------------------------------ stage 0
@@ -389,40 +298,3 @@ def refuse(named: dict[str, nn.Parameter], parts: Parts) -> None:
         )
     if problems:
         raise ConfigError(problems)
-
-
-def keep_compiled_blocks_whole(model: nn.Module, device: Device) -> None:
-    """Tell stage 3 to gather a compiled block at once: its hooks inside would break the graph."""
-    compiled = {type(module) for module in model.modules() if "forward" in vars(module)}
-    if compiled:
-        imported(device).utils.set_z3_leaf_modules(model, list(compiled))
-
-
-def zero_config(
-    stage: int, bf16: bool, persistent_below: int, n_parameters: int, *, once: bool = False
-) -> dict[str, Any]:
-    """DeepSpeed's configuration of a stage. It ignores mistyped keys, so the precision tests are what checks these.
-
-    Args:
-        once: gradients are summed by autograd and reduced once a step.
-    """
-    bucket = max(1, min(BUCKET_ELEMENTS, n_parameters))
-    zero: dict[str, Any] = {
-        "stage": stage,
-        "overlap_comm": False,
-        "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket,
-    }
-    config: dict[str, Any] = {"zero_optimization": zero}
-    if stage < 3:
-        zero["compute_grad_norm"] = False
-    else:
-        zero["stage3_param_persistence_threshold"] = persistent_below
-        zero["sub_group_size"] = max(1, n_parameters)  # so that a group of the optimiser is stepped on in one go
-    if bf16:
-        config |= {"bf16": {"enabled": True, "check_grad_overflow": False}, "communication_data_type": "fp32"}
-        if once:  # its contiguous buffers have the parameters' format
-            zero["contiguous_gradients"] = False
-        else:
-            config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return config
