@@ -10,7 +10,9 @@ import click
 @click.command(short_help="Prove that a layout gives this run the losses and gradients of one process.")
 @click.argument("run_file", metavar="RUN.yaml")
 @click.argument("overrides", nargs=-1, metavar="[key=value ...]")
-@click.option("--layout", required=True, help="For example tp=2,dp=2,zero=1; axes not named are 1, zero is 0.")
+@click.option(
+    "--layout", required=True, help="For example tp=2,dp=2,zero=1; axes not named are 1, zero is 0 (2 under fsdp2)."
+)
 @click.option("--steps", type=click.IntRange(min=1), default=3, show_default=True, help="Steps that are compared.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the line.")
 def command(run_file: str, overrides: tuple[str, ...], layout: str, steps: int, as_json: bool) -> None:
@@ -27,7 +29,8 @@ def command(run_file: str, overrides: tuple[str, ...], layout: str, steps: int, 
 
     verdict = verify(run_file, overrides, layout, steps)
     if as_json:
-        click.echo(json.dumps({"equal": verdict.equal, **dataclasses.asdict(verdict)}))
+        told = json.loads(json.dumps(dataclasses.asdict(verdict)), parse_constant=lambda name: None)  # NaN is no JSON
+        click.echo(json.dumps({"equal": verdict.equal, **told}))
     else:
         click.echo(verdict.line())
     sys.exit(0 if verdict.equal else 1)

@@ -44,6 +44,15 @@ def from_plain(value: Any, origin: str) -> Node:
     return Node(value, origin)
 
 
+def scalar_or_list(text: str, origin: str) -> Node:
+    """What stands right of the `=` of a `key=value`, as YAML.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    return _compose(text, origin)
+
+
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Node:
     """The run file at `path` with its bases and the command line's `key=value` words, interpolations resolved.
 

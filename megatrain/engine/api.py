@@ -1,5 +1,6 @@
 """The seam between the loop and the engines."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -29,7 +30,7 @@ class StepReport:
     grad_norm: Tensor
     """2-norm of the gradient of `loss` over all parameters, before clipping."""
     skipped: Tensor
-    """1 if the gradient was not finite and nothing was changed, else 0."""
+    """1 if the gradient was not finite, or the loss too high, and nothing was changed; else 0."""
     by_parameter: ByParameter | None = None
     """Squares of the gradient that this rank counts, by parameter."""
 
@@ -126,8 +127,12 @@ class Engine(Protocol):
     parts: "Parts"
     """What it was built from."""
 
-    def step(self, batch: Batch, lr: float) -> StepReport:
-        """One optimiser step on this rank's rows of a global batch, in micro-batches."""
+    def step(self, batch: Batch, lr: float, most_loss: float = math.inf) -> StepReport:
+        """One optimiser step on this rank's rows of a global batch, in micro-batches.
+
+        Nothing is changed where a gradient is not finite or the loss is above `most_loss`, which is decided on the
+        device.
+        """
         ...
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -143,10 +143,10 @@ class Guarded:
         self.engine, self.guard, self.device = engine, guard, device
         self.parts = engine.parts
 
-    def step(self, batch: Batch, lr: float) -> StepReport:
+    def step(self, batch: Batch, lr: float, most_loss: float = math.inf) -> StepReport:
         if self.guard.due(batch.step):
             self.guard.look(batch.to(self.device), self.engine.evaluate, self.device)
-        return self.engine.step(batch, lr)
+        return self.engine.step(batch, lr, most_loss)
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.engine.evaluate(batch)

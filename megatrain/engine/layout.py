@@ -50,13 +50,13 @@ class Layout:
     """Compile each block with torch.compile; auto does so on a GPU, where it pays at any size."""
     recompute: str = "none"
     """What is computed again in backward rather than kept: none, elementwise (the activation of feed-forwards),
-    selective (attention), full (every block), or a shell pattern over block numbers such as [0-3]."""
+    selective (attention), full (every block), or numbers of blocks: 0-3, 0-3,8 or 0-30:2 (every second one)."""
 
     def problems(self) -> list[str]:
         sizes = {name: getattr(self, name) for name in ("tp", "pp", "cp", "ep", "dp", "micro_batch")}
         found = [f"{name}={n}: it must be at least 1" for name, n in sizes.items() if n is not None and n < 1]
         found += [
-            f"{name}={sizes[name]}: only {name}=1 can be run so far, use tp, cp and dp"
+            f"{name}={sizes[name]}: only {name}=1 can be run so far, use tp, cp, pp and dp"
             for name in ("ep",)
             if sizes[name] > 1
         ]
@@ -87,6 +87,11 @@ class Layout:
     def cuts_sequence(self) -> bool:
         """Activations between layers are cut over tensor-parallel ranks."""
         return self.tp > 1 and self.sequence_parallel is not False
+
+    @property
+    def fewest_ranks(self) -> int:
+        """What tp, pp, cp and a given dp ask for."""
+        return self.tp * self.pp * self.cp * (self.dp or 1)
 
     @property
     def listed_stages(self) -> tuple[int, ...] | None:
@@ -196,7 +201,8 @@ def layout_problems(
     dp = mesh.axis("dp").size
     if global_batch % dp:
         found.append(
-            f"train.global_batch={global_batch} does not divide over dp={dp} (= {world} ranks / tp {layout.tp}): "
+            f"train.global_batch={global_batch} does not divide over dp={dp} (= {world} ranks / (tp {layout.tp} x pp "
+            f"{layout.pp} x cp {layout.cp})): "
             f"use a multiple of {dp}, or pick dp from {divisors(global_batch)}"
         )
     elif (rows := global_batch // dp) % layout.micro_batch == 0:

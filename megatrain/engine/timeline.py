@@ -137,6 +137,8 @@ def _uses(line: Timeline, kind: str) -> bool:
 
 # ------------------------------------------------------------------------------------------------ picture
 
+MOST_NUMBERS = 2000
+"""Bars that carry the number of their micro-batch: more could not be read."""
 COLOURS = {"F": "#4c78a8", "I": "#f58518", "W": "#54a24b", "B": "#e45756"}
 
 
@@ -149,9 +151,9 @@ def draw(line: Timeline, title: str, path: Path) -> None:
     figure = Figure(figsize=(min(40, 3 + length / 5), 1.4 + 0.5 * n_ranks), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    numbered = sum(map(len, line.ranks)) <= MOST_NUMBERS
     for rank, (bars, share) in enumerate(zip(line.ranks, line.bubble_shares(), strict=True)):
-        for bar in bars:
-            _draw_bar(axes, rank, bar, later=bar.action.stage >= line.plan.pp)
+        _draw_bars(axes, rank, bars, first_stages=line.plan.pp, numbered=numbered)
         axes.text(length * 1.005, rank, f"idle {float(share):.1%}", va="center", fontsize=8)
     for kind, words in WORDS.items():
         if _uses(line, kind):
@@ -163,11 +165,20 @@ def draw(line: Timeline, title: str, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _draw_bar(axes: Any, rank: int, bar: Bar, *, later: bool) -> None:
-    """Stages that the rank holds beside its first are paler."""
-    begin, width = float(bar.begin), float(bar.end - bar.begin)
-    axes.barh(
-        rank, width, left=begin, height=0.8, color=COLOURS[bar.action.kind], alpha=0.55 if later else 1.0,
-        edgecolor="white", linewidth=0.6,
-    )  # fmt: skip
-    axes.text(begin + width / 2, rank, str(bar.action.micro_batch), ha="center", va="center", fontsize=6, color="white")
+def _draw_bars(axes: Any, rank: int, bars: list[Bar], *, first_stages: int, numbered: bool) -> None:
+    """Stages that the rank holds beside its first are paler. Bars of one look are one object, or many would take
+    minutes."""
+    looks: dict[tuple[str, bool], list[tuple[float, float]]] = {}
+    for bar in bars:
+        begin, width = float(bar.begin), float(bar.end - bar.begin)
+        looks.setdefault((bar.action.kind, bar.action.stage >= first_stages), []).append((begin, width))
+        if numbered:
+            axes.text(
+                begin + width / 2, rank, str(bar.action.micro_batch), ha="center", va="center", fontsize=6,
+                color="white",
+            )  # fmt: skip
+    for (kind, later), spans in looks.items():
+        axes.broken_barh(
+            spans, (rank - 0.4, 0.8), facecolor=COLOURS[kind], alpha=0.55 if later else 1.0,
+            edgecolor="white", linewidth=0.6,
+        )  # fmt: skip

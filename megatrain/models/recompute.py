@@ -4,8 +4,8 @@
 Dropout masks are functions of the element, so the second forward drops what the first did without any saved state.
 """
 
+import re
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -23,8 +23,8 @@ def recompute(layers: nn.ModuleDict, what: str) -> None:
     Args:
         what: none; elementwise (the activation of every feed-forward, the widest tensor of a block, which in a
             compiled block no product is done again for); selective (the attention of every block, whose activations
-            grow fastest with the sequence and are cheap to make again); full (every block); or a shell pattern over
-            block numbers: `[0-9]`, `*[02468]`.
+            grow fastest with the sequence and are cheap to make again); full (every block); or numbers of blocks:
+            `0-3`, `0-3,8`, `0-30:2` (every second one).
     """
     block: Any
     for name, block in layers.items():
@@ -38,16 +38,27 @@ def recompute(layers: nn.ModuleDict, what: str) -> None:
 
 def recomputes(name: str, what: str) -> bool:
     """Whether all of the block of that name is computed again."""
-    return what == FULL or fnmatchcase(name, what)
+    return what == FULL or int(name) in numbers(what)
+
+
+def numbers(what: str) -> set[int]:
+    """Block numbers that `0-3,8,10-20:2` names; none where it is no such list."""
+    found: set[int] = set()
+    for word in what.split(","):
+        if (match := re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9})(?::([1-9]\d{0,8}))?)?\s*", word)) is None:
+            return set()
+        first, last, step = match.groups()
+        found.update(range(int(first), int(last or first) + 1, int(step or 1)))
+    return found
 
 
 def unmatched(n_layers: int, what: str) -> list[str]:
-    """A sentence if `what` is a pattern that matches no block."""
+    """A sentence if `what` names no block."""
     if what in (NONE, *INSIDE, FULL) or any(recomputes(str(i), what) for i in range(n_layers)):
         return []
     return [
-        f"layout.recompute is {what!r}, which is none of {NONE}, {ELEMENTWISE}, {SELECTIVE}, {FULL} and matches no "
-        f"block number from 0 to {n_layers - 1}: use one of them, or a pattern such as [0-3]"
+        f"layout.recompute is {what!r}, which is none of {NONE}, {ELEMENTWISE}, {SELECTIVE}, {FULL} and names no "
+        f"block from 0 to {n_layers - 1}: use one of them, or numbers such as 0-3 or 0,2,4"
     ]
 
 

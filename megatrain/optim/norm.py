@@ -102,9 +102,10 @@ def clip_divisor(norm: Tensor, limit: float | None) -> Tensor:
     return (norm / (math.inf if limit is None else limit)).clamp(min=1.0)
 
 
-def not_finite(norm: Tensor) -> Tensor:
-    """1 where the gradient behind `norm` has an infinity or a NaN in it, else 0: a float32 scalar.
+def refused(norm: Tensor, loss: Tensor, most_loss: float) -> Tensor:
+    """1 where a step is not to be taken, else 0: a float32 scalar, decided on the device.
 
-    Every element enters `squared_norm`, so one look at it is a look at them all.
+    That is where the gradient behind `norm` has an infinity or a NaN in it (every element enters `squared_norm`, so one
+    look at it is a look at them all), and where the loss is above `most_loss`.
     """
-    return (~torch.isfinite(norm)).float()
+    return (~torch.isfinite(norm) | (loss > most_loss)).float()

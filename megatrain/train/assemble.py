@@ -1,5 +1,6 @@
 """From a run file to a trainer: who we are, the mesh, the model, the engine, the data, the hooks."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -13,7 +14,7 @@ import torch
 from megatrain.base.device import Device, cpu_threads
 from megatrain.base.errors import PreemptedError, RunError
 from megatrain.base.files import written_whole
-from megatrain.base.log import log, start_logging
+from megatrain.base.log import log, start_logging, warn
 from megatrain.checkpoint.checkpoints import Checkpoints
 from megatrain.checkpoint.exchange import Exchange
 from megatrain.checkpoint.origin import revision, versions
@@ -32,7 +33,7 @@ from megatrain.engine.guard import Guarded
 from megatrain.engine.layout import resolve_engine
 from megatrain.engine.schedules import PipelinePlan
 from megatrain.nn.batch import Batch
-from megatrain.parallel.mesh import Mesh
+from megatrain.parallel.mesh import Axis, Mesh
 from megatrain.parallel.product import CPU_MULTIPLIES_BF16
 from megatrain.train.agreement import Drift, refuse_disagreement, refuse_drift
 from megatrain.train.build import build_engine, context_part, open_feed, pipeline_of
@@ -67,6 +68,7 @@ def launch(run: Run) -> str:
     torch.set_num_threads(threads)
     os.environ.setdefault("RAYON_NUM_THREADS", str(threads))  # of `tokenizers`, which data workers inherit
     with connected(identity, device), StopRequest().listening() as request:
+        refuse_different_ranks(run, manifests, identity)
         mesh = run.layout.mesh(identity.world).at(identity.rank)
         if identity.world > 1:
             mesh = mesh.connect()
@@ -74,6 +76,20 @@ def launch(run: Run) -> str:
             session = Session(run, manifests, mesh, device, identity, request, stack)
             session.train()
     return "finished"
+
+
+def refuse_different_ranks(run: Run, manifests: tuple[Manifest, ...], identity: Identity) -> None:
+    """Ranks with other files than this one's are told so, before they open groups by layouts that may differ: they
+    would wait for each other for ever.
+
+    Raises:
+        ConfigError: on every rank.
+    """
+    exchange = Exchange(Axis("world", identity.world, identity.rank, tuple(range(identity.world))))
+    code = {"revision": revision(), "versions": versions()}
+    facts = {"config": run.shown(), "tokenizer": manifests[0].tokenizer.fingerprint, **code}
+    with contextlib.closing(exchange):
+        refuse_disagreement(facts, exchange)
 
 
 @dataclass
@@ -93,9 +109,8 @@ class Session:
         run = self.run
         self.tokenizer = self.manifests[0].tokenizer  # of all of them
         self.state = State()
+        self.states_of_hooks: dict[str, Any] = {}
         self.exchange = Exchange(self.mesh.axis("world"))
-        code = {"revision": revision(), "versions": versions()}
-        refuse_disagreement({"config": run.shown(), "tokenizer": self.tokenizer.fingerprint, **code}, self.exchange)
         self.folder = RunFolder(run.folder)
         self.folder.make()
         self.checkpoints = Checkpoints(
@@ -139,6 +154,7 @@ class Session:
             self.checkpoints.load(reader, self.engine)
             self.engine.load_scalars(reader.state["engine"])
             self.state.restore(reader.state["run"])
+            self.states_of_hooks = reader.state.get("hooks", {})
         elif self.run.checkpoint.init_from:
             source = self.checkpoints.open(self.run.checkpoint.init_from, only_weights)
             refuse_other_tokenizer(source, self.tokenizer.fingerprint, acknowledge)
@@ -231,7 +247,7 @@ class Session:
         handle = self._handle(throughput)
         if self.resumed_at == 0 and self.held_out:
             self.note("evaluated", **self.evaluate())
-        hooks = self._hooks(handle)
+        self.hooks = hooks = self._hooks(handle)
         self.trainer = trainer = Trainer(
             state=self.state,
             feed=self.feed,
@@ -243,7 +259,9 @@ class Session:
             throughput=throughput,
             vote=StopVote(self.request, self.mesh.axis("world")),
             hooks=hooks,
+            go_back=self._go_back,
         )
+        self._restore_hooks()
         outcome = "failed"
         try:
             trainer.run()
@@ -268,6 +286,27 @@ class Session:
                 hook.finish(outcome)
             if self.rank == 0:
                 say_what_came(self.folder)
+
+    def _go_back(self) -> None:
+        """To the newest checkpoint, and on from there with the data that comes next."""
+        self.checkpoints.wait()
+        commit = self.checkpoints.newest()
+        if commit is None:
+            warn("there is no checkpoint yet to go back to: training goes on from step %d", self.state.step)
+            return
+        left, cursors = self.state.step, self.cursors()
+        self._restore(commit)
+        self.state.cursors = cursors
+        self.checkpoints.committed = commit.step
+        for hook in self.hooks:
+            hook.rewound(commit.step)
+        self._restore_hooks()
+        log("went back from step %d to the checkpoint of step %d; the data between is left out", left, commit.step)
+
+    def _restore_hooks(self) -> None:
+        for hook in self.hooks:
+            if (state := self.states_of_hooks.get(type(hook).__name__)) is not None:
+                hook.restore(state)
 
     def _hooks(self, handle: Handle) -> list[Hook]:
         run = self.run
@@ -313,6 +352,8 @@ class Session:
             evaluate=self.evaluate,
             examine=self.examine,
             save=self.save,
+            limit_loss=lambda step, most: self.trainer.most_loss.update({step: most}),
+            rewind=self._rewind,
             stop=self._stop,
             note=self.note,
         )
@@ -345,10 +386,11 @@ class Session:
 
     def save(self, held_out_loss: float | None = None) -> None:
         """A checkpoint of the state as it is, of which this is the held-out loss if it was measured."""
-        if self.checkpoints.committed == self.state.step:
+        if self.checkpoints.committed == self.state.step or self.trainer.rewinding:
             return
         self.cursors()
-        state = {"run": self.state.saved(), "engine": self.engine.scalars()}
+        states = {type(hook).__name__: state for hook in self.hooks if (state := hook.state()) is not None}
+        state = {"run": self.state.saved(), "engine": self.engine.scalars(), "hooks": states}
         tokenizer = {
             "fingerprint": self.tokenizer.fingerprint,
             "end_of_document": self.tokenizer.end_of_document,
@@ -365,6 +407,9 @@ class Session:
         """The documents, gradient norms and activations of the step whose record hooks are told now."""
         assert self.trainer.delivered is not None
         return examine(self.trainer.delivered, self.run, self.engine, self.exchange, self.manifests)
+
+    def _rewind(self) -> None:
+        self.trainer.rewinding = True
 
     def _stop(self) -> None:
         self.trainer.stopping = True

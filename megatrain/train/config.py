@@ -36,7 +36,8 @@ class Train:
     drift_every: int = 1000
     """Steps between checks that copies of weights on several ranks still have the same bits; 0 checks only at start."""
     max_skips: int = 20
-    """Steps in a row that may be skipped because a gradient was not finite; one more ends the run."""
+    """Steps in a row that may be skipped because a gradient was not finite, or the loss too high for hook `spikes`; one
+    more ends the run."""
 
     def problems(self) -> list[str]:
         found = []

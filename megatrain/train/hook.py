@@ -19,6 +19,15 @@ class Hook:
     def after_step(self, record: Record) -> None:
         """A step's numbers are known. Where `due` was true, the state is that of this very step."""
 
+    def state(self) -> Any:
+        """What a checkpoint must remember of this hook, as JSON values; None where that is nothing."""
+
+    def restore(self, state: Any) -> None:
+        """Take up what `state` gave when the checkpoint was saved that the run goes on from."""
+
+    def rewound(self, step: int) -> None:
+        """The weights are again those after `step`: what was told of later steps is no longer so."""
+
     def finish(self, outcome: str) -> None:
         """The loop has ended: `finished`, `preempted` or `failed`. Must not raise and must not wait long."""
 
@@ -43,6 +52,11 @@ class Handle:
     """What can be known of the step whose record is told now (`train.examine`); every rank must call it."""
     save: Callable[[float | None], None] = lambda held_out_loss: None
     """Write a checkpoint of the state as it is now, with its held-out loss if known; every rank must call it."""
+    limit_loss: Callable[[int, float], None] = lambda step, most: None
+    """Do not take a step that is still to come if its loss is above `most`; every rank must say the same."""
+    rewind: Callable[[], None] = lambda: None
+    """Go back to the newest checkpoint after this step, and on from there with the data that comes next; every rank
+    must call it at the same step."""
     stop: Callable[[], None] = lambda: None
     """End the run after this step, saved and resumable; every rank must call it at the same step."""
     note: Callable[..., None] = lambda kind, **facts: None

@@ -1,5 +1,6 @@
 """What a run says on the console: before its first step, after its last one, and when another rank is lost."""
 
+import re
 from typing import Any
 
 from megatrain.base.files import read_json_lines
@@ -62,7 +63,8 @@ def say_what_came(folder: RunFolder) -> None:
 
 def loss_of_a_peer(error: Exception, step: int, saved: int) -> str:
     """The sentence for a collective that another rank did not answer after `step`."""
-    words = str(error).strip().splitlines()[0]
+    words = re.sub(r"^\[\S+:\d+\] ", "", str(error).strip().splitlines()[0])  # not where in its source gloo says so
+    words = words.split(". This may indicate")[0].split(". GLHF")[0]
     return (
         f"another rank is gone or does not answer after step {step} ({words}): see what ended it; "
         f"the same command goes on from step {saved}"

@@ -1,8 +1,9 @@
 """The loop: batches into steps until the budget is spent. Everything optional is a hook."""
 
+import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from megatrain.base.errors import PreemptedError, RunError
@@ -80,8 +81,14 @@ class Trainer:
     throughput: Throughput
     vote: StopVote
     hooks: Sequence[Hook] = ()
+    go_back: Callable[[], None] = lambda: None
+    """Makes state and engine those of the newest checkpoint, except for where the data stands."""
     stopping: bool = False
     """Set by a hook, on every rank at the same step: stop after this one."""
+    rewinding: bool = False
+    """Set by a hook, on every rank at the same step: go back after this one, and save nothing before."""
+    most_loss: dict[int, float] = field(default_factory=dict)
+    """Steps to come that are not taken if their loss is above this."""
     delivered: Pending | None = None
     """The step whose numbers hooks are told now."""
     _pending: Pending | None = None
@@ -95,6 +102,11 @@ class Trainer:
         """
         while self.state.step < self.total_steps:
             self.step()
+            if self.rewinding:
+                self.deliver()
+                self.most_loss.clear()
+                self.go_back()
+                self.rewinding = False
             agreed = self.vote.agreed()  # asked on every rank at every step, whatever a hook says
             if (agreed or self.stopping) and self.state.step < self.total_steps:
                 self.deliver()
@@ -110,7 +122,7 @@ class Trainer:
         waited = time.perf_counter() - begin
         number = self.state.step + 1
         lr = self.schedule(number)
-        report = self.engine.step(batch, lr)
+        report = self.engine.step(batch, lr, self.most_loss.pop(number, math.inf))
         numbers = Readout(report.loss, report.grad_norm, report.skipped)
         self.deliver()
         self.state.step = number
@@ -149,7 +161,7 @@ class Trainer:
         self.state.skips = self.state.skips + 1 if record["skipped"] else 0
         if self.state.skips > self.max_skips:
             raise RunError(
-                f"{self.state.skips} steps in a row (up to step {record['step']}) had a gradient that is not finite, "
-                f"more than train.max_skips={self.max_skips}: lower the learning rate, "
-                "or look at the data of these steps"
+                f"{self.state.skips} steps in a row (up to step {record['step']}) were not taken, since a gradient was "
+                f"not finite or the loss above a hook's limit; that is more than train.max_skips={self.max_skips}: "
+                "lower the learning rate, or look at the data of these steps"
             )

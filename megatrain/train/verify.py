@@ -7,7 +7,6 @@ it; so checkpoints of both sides, which hold full tensors, are all that must be 
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import re
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatrain.base.device import Device
-from megatrain.base.errors import ConfigError, RunError, did_you_mean
+from megatrain.base.errors import ConfigError, RunError
 from megatrain.base.files import read_json, write_json
 from megatrain.base.log import start_logging
 from megatrain.checkpoint.checkpoints import Checkpoints
@@ -30,6 +29,8 @@ from megatrain.checkpoint.read import Reader, find
 from megatrain.cluster.identity import identity_of
 from megatrain.cluster.local_ranks import run_local_ranks
 from megatrain.cluster.start import connected
+from megatrain.config.build import build, plain
+from megatrain.config.source import Node, from_plain, scalar_or_list
 from megatrain.engine.api import Precision
 from megatrain.engine.layout import AUTO, Layout
 from megatrain.optim.kinds.adamw import AdamW
@@ -75,34 +76,33 @@ class Verdict:
 def layout_of(text: str, base: Layout) -> tuple[Layout, int]:
     """The layout that `tp=2,dp=2,zero=1` or `pp=2,stages=[3,1]` describes, and its number of ranks.
 
-    Axes that are not named have size 1 and `zero` is 0; what else `base` says stays, but for the stages of a pipeline
-    where there is none.
+    Axes that are not named have size 1 and `zero` is 0, or what fsdp2 does by itself; what else `base` says stays, but
+    for the stages of a pipeline where there is none.
 
     Raises:
-        ConfigError: a word is not a key of the layout, or not of its type.
+        ConfigError: nothing is named, a word is not a key of the layout, stands twice, or is not of its type.
     """
-    named: dict[str, Any] = dict.fromkeys(AXES, 1) | {"zero": 0}
-    hints = {f.name: f for f in dataclasses.fields(Layout)}
-    for word in filter(None, re.split(r",(?![^\[]*\])", text)):  # not at the commas of a list
+    words = [
+        word.strip() for word in re.findall(r"(?:\[[^\]]*\]|\"[^\"]*\"|[^,])+", text)
+    ]  # not at commas in [] and ""
+    if not words:
+        raise ConfigError(f"--layout {text!r} names nothing: write for example tp=2,dp=2,zero=1")
+    named: dict[str, Node] = {}
+    for word in words:
         key, equals, value = (part.strip() for part in word.partition("="))
-        if not equals or key not in hints:
-            raise ConfigError(f"--layout {text}: {key!r} is no key of a layout: {did_you_mean(key, hints)}")
-        named[key] = _value(value)
-    if named["pp"] == 1:
-        named = {"virtual": None, "stages": AUTO} | named
-    layout = dataclasses.replace(base, **named)
-    if problems := layout.problems():
-        raise ConfigError([f"--layout {text}: {problem}" for problem in problems])
-    return layout, layout.tp * layout.pp * layout.cp * (layout.dp or 1)
-
-
-def _value(text: str) -> Any:
-    """A number, a truth, a list of numbers, or else the text itself."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text
-    return tuple(value) if isinstance(value, list) else value
+        if not equals:
+            raise ConfigError(f"--layout {text}: {word!r} is not key=value: write for example tp=2")
+        if key in named:
+            raise ConfigError(f"--layout {text}: {key} stands twice: leave one out")
+        named[key] = scalar_or_list(value, "--layout")
+    under = plain(base) | dict.fromkeys(AXES, 1)
+    engine = named["engine"].value if "engine" in named else base.engine
+    under["zero"] = None if engine == "fsdp2" else 0
+    if "pp" not in named or named["pp"].value == 1:
+        under |= {"virtual": None, "stages": AUTO}
+    tree = from_plain(under, "the run file")
+    layout, _ = build(Layout, Node(tree.value | named, "--layout"))
+    return layout, layout.fewest_ranks
 
 
 def verify(run_file: str, overrides: Sequence[str], layout: str, steps: int) -> Verdict:
@@ -114,10 +114,12 @@ def verify(run_file: str, overrides: Sequence[str], layout: str, steps: int) -> 
     """
     run = read_run(run_file, overrides).run
     chosen, world = layout_of(layout, run.layout)
+    one = "engine=plain"
+    refuse(prepared(run, layout_of(one, run.layout)[0]), 1)
     refuse(prepared(run, chosen), world)
     with tempfile.TemporaryDirectory(prefix="megatrain-verify-") as name:
         folder = Path(name)
-        for side, text, n in (("one", "engine=plain", 1), ("many", layout, world)):
+        for side, text, n in (("one", one, 1), ("many", layout, world)):
             command = [sys.executable, "-m", "megatrain.train.verify", run_file, text, str(steps), str(folder / side)]
             code = run_local_ranks(n, [*command, *overrides])
             if code:

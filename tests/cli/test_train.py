@@ -134,7 +134,7 @@ REFUSED: list[tuple[str, dict[str, Any], list[str], str]] = [
     ("micro batch", {"layout__micro_batch": 3}, [], "layout.micro_batch=3 does not divide"),
     ("tensor parallel", {"layout__tp": 3}, [], "tp x pp x cp = 3 x 1 x 1 = 3 does not divide the 1 ranks"),
     ("data parallel", {"layout__dp": 2}, [], "layout.dp=2"),
-    ("recompute", {"layout__recompute": "[7-9]"}, [], "matches no block number from 0 to 1"),
+    ("recompute", {"layout__recompute": "7-9"}, [], "names no block from 0 to 1"),
     ("engine", {"layout__engine": "deepsped"}, [], "did you mean deepspeed?"),
     ("stage", {"layout__zero": 5}, [], "zero=5"),
     ("plain with stages", {"layout__engine": "plain", "layout__zero": 2}, [], "plain engine shards nothing"),
@@ -221,6 +221,63 @@ def test_explain_draws_the_schedule_of_a_pipeline(
     assert (code, "no schedule to draw" in error) == (2, True)
     code, error = call("explain", path, "--schedule", "model.n_layers=3", capsys=capsys)
     assert (code, "cannot make pp 2 x virtual 2 = 4 stages" in error) == (2, True)
+
+
+def test_a_schedule_is_also_json_and_a_picture_that_cannot_be_is_refused(
+    tmp_path: Path, text_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(write_run(tmp_path, text_data, model__n_layers=5, layout__pp=2))
+    with pytest.raises(SystemExit):
+        main(["explain", path, "--schedule", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    m = told["micro_batches"]
+    assert told["idle"] == pytest.approx([1 / (m + 1)] * 2)  # 1f1b on two ranks, whatever m
+    assert told["idle_closed_form"] == pytest.approx(1 / (m + 1))
+    assert [len(bars) for bars in told["ranks"]] == [2 * m] * 2
+    for wrong, words in {
+        "x.txt": "no name of a PNG",
+        str(tmp_path): "no name of a PNG",
+        "/none/x.png": "cannot be",
+    }.items():
+        code, error = call("explain", path, "--schedule", "--png", wrong, capsys=capsys)
+        assert (code, words in error) == (2, True)
+    code, error = call("explain", path, "--png", "x.png", capsys=capsys)
+    assert (code, "are for --schedule" in error) == (2, True)
+    long = ["train.global_batch=40000", "layout.micro_batch=1"]
+    code, error = call("explain", path, "--schedule", *long, capsys=capsys)
+    assert (code, "160,000 actions, more than the 20,000" in error) == (2, True)
+
+
+def test_explain_says_what_the_layout_would_be_refused_for(
+    tmp_path: Path, text_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(write_run(tmp_path, text_data))
+    code, error = call("explain", path, "layout.tp=3", capsys=capsys)
+    assert code == 0
+    assert "on 3 ranks, the fewest of this layout, it would be refused: model.n_heads=4 cannot be split" in error
+
+
+def test_ranks_of_different_layouts_are_told_so_before_they_wait_for_each_other(
+    tmp_path: Path, text_data: Path
+) -> None:
+    path = write_run(tmp_path, text_data)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "megatrain", "train", str(path), *words], cwd=tmp_path, text=True,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE,
+        )
+        for rank, words in enumerate((["layout.tp=2"], []))
+    ]  # fmt: skip
+    for process in ranks:
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 2, error
+        assert "ranks do not agree on config.layout.tp: rank 0 has 2, rank 1 has 1" in error
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "run").glob("*.yaml")), ids=lambda p: p.stem)

@@ -76,8 +76,9 @@ class Story:
     replayed: list[tuple[float, float, float, float]]
     """Reports of the steps after the middle once more, after loading it."""
     poisoned: tuple[float, float, float, float]
+    too_high: tuple[float, float, float, float]
     unchanged: bool
-    """A step whose gradient is not finite on one rank left all state as it was."""
+    """A step whose gradient is not finite on one rank left all state as it was, and so did one of too high a loss."""
     adopted: Pieces
     """The state after loading that of the reference."""
     continued: list[tuple[float, float, float, float]]
@@ -97,8 +98,8 @@ def tell(case: Case, reference: dict[tuple[str, str], Tensor] | None) -> Story:
 
     engine.model.layers["0"].feed_forward_norm.register_forward_hook(poison)
 
-    def step(k: int) -> tuple[float, float, float, float]:
-        return floats(engine.step(rows_of(toy_batch(k, ROWS), mesh), LR))
+    def step(k: int, most_loss: float = math.inf) -> tuple[float, float, float, float]:
+        return floats(engine.step(rows_of(toy_batch(k, ROWS), mesh), LR, most_loss))
 
     reports = [step(k) for k in range(MIDDLE)]
     middle = pieces_of(engine)
@@ -111,6 +112,7 @@ def tell(case: Case, reference: dict[tuple[str, str], Tensor] | None) -> Story:
     steps = engine.scalars()
     poisoned = step(HELD_OUT)
     armed.clear()
+    too_high = step(HELD_OUT, most_loss=0.5)
     after = pieces_of(engine)
     unchanged = engine.scalars() == steps and all(torch.equal(a[1], b[1]) for a, b in zip(end, after, strict=True))
 
@@ -127,7 +129,9 @@ def tell(case: Case, reference: dict[tuple[str, str], Tensor] | None) -> Story:
     engine.close()
     built_nothing = not Path(os.environ.get("TORCH_EXTENSIONS_DIR", "/absent")).exists()
     held_out = (float(loss_sum), float(count))
-    return Story(reports, held_out, middle, end, replayed, poisoned, unchanged, adopted, continued, built_nothing)
+    return Story(
+        reports, held_out, middle, end, replayed, poisoned, too_high, unchanged, adopted, continued, built_nothing
+    )
 
 
 def everyone(pieces: Pieces) -> list[Pieces]:
@@ -182,6 +186,9 @@ def test_an_engine_equals_one_process_of_plain_torch(case):
         assert_reports_near(story.reports, expected.reports, rel)
         assert story.held_out == pytest.approx(expected.held_out, rel=rel)
         assert story.poisoned[3] == 1, "a gradient that is not finite was not skipped"
+        assert story.too_high[3] == 1, "a loss above the limit was not skipped"
+        assert story.too_high[0] > 0.5
+        assert math.isfinite(story.too_high[2])
         assert story.unchanged
         assert story.replayed == story.reports[MIDDLE : MIDDLE + REPLAYED], "loading is not exact to the last bit"
         assert_reports_near(story.continued, expected.reports[MIDDLE : MIDDLE + REPLAYED], rel)

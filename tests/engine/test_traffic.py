@@ -105,7 +105,7 @@ FOUR = [
     (DEEP, Layout(dp=2, pp=2, schedule="gpipe", engine="fsdp2", zero=2)),
     (dataclasses.replace(DEEP, tie_embeddings=False), Layout(dp=2, pp=2, schedule="zbv", engine="fsdp2", zero=2)),
     (WINDOW, Layout(tp=2, cp=2, engine="plain", recompute="full")),
-    (DEEP, Layout(tp=2, pp=2, schedule="zbv", engine="plain", recompute="[13]")),
+    (DEEP, Layout(tp=2, pp=2, schedule="zbv", engine="plain", recompute="1,3")),
     (DEEP, Layout(dp=2, pp=2, engine="deepspeed", zero=0)),
     (DEEP, Layout(dp=2, pp=2, schedule="zbv", engine="deepspeed", zero=1)),
     (DEEP, Layout(dp=2, pp=2, schedule="interleaved", engine="deepspeed", zero=2)),

@@ -63,7 +63,7 @@ REFUSED: list[tuple[int, str, str]] = [
     (4, "layout.pp=2 layout.engine=deepspeed layout.zero=3",
      "set layout.zero=2, model.tie_embeddings=false, or layout.schedule to zbv or dualpipev"),
     (1, "layout.compile=maybe", "layout.compile (command line) is 'maybe': allowed: 'auto', false, true"),
-    (1, "layout.recompute=first", "matches no block number from 0 to 3: use one of them, or a pattern such as [0-3]"),
+    (1, "layout.recompute=first", "names no block from 0 to 3: use one of them, or numbers such as 0-3 or 0,2,4"),
     (1, "precision.parameters=bf16", "set compute=bf16, or parameters=fp32"),
     # --- batches
     (3, "layout.engine=plain",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatrain.models.decoder import Decoder, DecoderModel
-from megatrain.models.recompute import INSIDE, recompute, unmatched
+from megatrain.models.recompute import INSIDE, numbers, recompute, unmatched
 from megatrain.nn.batch import Batch
 from megatrain.parallel.shard import initialise
 
@@ -46,7 +46,7 @@ def backward(found: DecoderModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile looks at it itself
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("what", ["elementwise", "selective", "full", "[0]"])
+@pytest.mark.parametrize("what", ["elementwise", "selective", "full", "0"])
 def test_losses_and_gradients_are_those_of_keeping_everything(what: str, compiled: bool) -> None:
     loss, gradients, _ = backward(model("none", compiled))
     again, same, _ = backward(model(what, compiled))
@@ -57,12 +57,21 @@ def test_losses_and_gradients_are_those_of_keeping_everything(what: str, compile
 
 
 def test_more_recomputation_keeps_less() -> None:
-    kept = {what: backward(model(what))[2] for what in ("none", "elementwise", "selective", "[0]", "full")}
-    assert kept["full"] < kept["[0]"] < kept["none"]
+    kept = {what: backward(model(what))[2] for what in ("none", "elementwise", "selective", "0", "full")}
+    assert kept["full"] < kept["0"] < kept["none"]
     assert kept["full"] < kept["selective"] < kept["none"]
     assert kept["full"] < kept["elementwise"] < kept["none"]
 
 
-def test_a_pattern_that_matches_nothing_is_named() -> None:
-    assert unmatched(3, "full") == unmatched(3, "[0-1]") == []
-    assert "matches no block number from 0 to 2" in unmatched(3, "[5-9]")[0]
+def test_numbers_are_read_as_they_are_meant() -> None:
+    assert numbers("3") == {3}
+    assert numbers("0-3, 8") == {0, 1, 2, 3, 8}
+    assert numbers("10-20:4,31") == {10, 14, 18, 31}
+    for wrong in ("", "x", "1-", "-1", "1,,2", "0-4:0", "[0-3]", "*"):
+        assert numbers(wrong) == set()
+
+
+def test_what_names_no_block_is_refused() -> None:
+    assert unmatched(3, "full") == unmatched(3, "0-1") == []
+    for wrong in ("5-9", "first", "3-1"):
+        assert "names no block from 0 to 2" in unmatched(3, wrong)[0]

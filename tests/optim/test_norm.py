@@ -8,12 +8,12 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatrain.optim.norm import clip_divisor, counted_and_copies, global_norm, not_finite, squared_norm
+from megatrain.optim.norm import clip_divisor, counted_and_copies, global_norm, refused, squared_norm
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.shard import Part, Shard, constant
 from tests.ranks import run
 
-CPU = torch.device("cpu")
+CPU, ONE = torch.device("cpu"), torch.tensor(1.0)
 FULL = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
 SHARDS = {  # rank 0 and rank 1 of tp=2: cut with one row of dimension 1 held twice, and a copy
     "cut": [
@@ -50,7 +50,7 @@ def test_the_norm_of_a_list_of_tensors_is_the_norm_of_their_elements(lists):
 def test_a_large_finite_gradient_is_finite():
     tensors = [torch.full((1,), 1e19), torch.full((1,), 1e19)]
     norm = global_norm(squared_norm(tensors, [], CPU), [])
-    assert not_finite(norm) == 0
+    assert refused(norm, ONE, math.inf) == 0
     assert float(norm) == pytest.approx(math.sqrt(2) * 1e19)
 
 
@@ -58,13 +58,18 @@ def test_a_large_finite_gradient_is_finite():
 def test_one_element_that_is_not_finite_is_seen(bad):
     x = torch.zeros(1000)
     x[777] = bad
-    assert not_finite(global_norm(squared_norm([torch.zeros(3), x], [], CPU), [])) == 1
+    assert refused(global_norm(squared_norm([torch.zeros(3), x], [], CPU), []), ONE, math.inf) == 1
 
 
 def test_a_copy_adds_nothing_unless_it_is_not_finite():
     counted = [torch.tensor([3.0, 4.0])]
     assert global_norm(squared_norm(counted, [torch.full((3,), 1e10)], CPU), []) == 5
-    assert not_finite(global_norm(squared_norm(counted, [torch.tensor([1.0, math.inf])], CPU), [])) == 1
+    norm = global_norm(squared_norm(counted, [torch.tensor([1.0, math.inf])], CPU), [])
+    assert refused(norm, ONE, math.inf) == 1
+
+
+def test_a_step_is_refused_where_its_loss_is_above_the_most_allowed():
+    assert [float(refused(ONE, loss, 2.0)) for loss in (ONE, 2 * ONE, 2.5 * ONE)] == [0, 0, 1]
 
 
 @given(st.floats(0, 1e6, width=32), st.floats(1e-3, 1e3))

@@ -61,7 +61,31 @@ def test_a_layout_is_read_with_unnamed_axes_at_one() -> None:
     assert layout_of("tp=2", Layout(dp=4)) == (Layout(tp=2, dp=1, zero=0, pp=1, cp=1, ep=1), 2)
 
 
-@pytest.mark.parametrize(("text", "words"), [("tq=2", "did you mean tp?"), ("tp", "no key"), ("tp=0", "at least 1")])
+def test_what_a_layout_says_is_read_as_in_a_run_file() -> None:
+    assert layout_of("tp=2,sequence_parallel=false", Layout())[0].sequence_parallel is False
+    assert layout_of("tp=2,compile=false", Layout())[0].compile is False
+    assert layout_of('recompute="0-1,3",dp=2', Layout())[0].recompute == "0-1,3"
+    assert layout_of("dp=2,engine=fsdp2", Layout())[0].zero is None  # which fsdp2 takes for 2
+    assert layout_of("dp=2", Layout(engine="deepspeed"))[0].zero == 0
+
+
+WRONG = [
+    ("tq=2", "did you mean tp?"), ("tp", "'tp' is not key=value"), ("tp=0", "at least 1"), ("", "names nothing"),
+    (",", "names nothing"), ("tp=2,tp=1", "tp stands twice"), ("tp=two", "whole number"), ("tp=", "whole number"),
+    ("tp=[2]", "whole number"), ("tp=2 dp=2", "whole number"), ("tp=2;dp=2", "whole number"),
+    ("tp=1.5", "whole number"),
+    ("tp=NaN", "whole number"), ("tp=1e400", "whole number"), ("tp=null", "whole number"),
+    ("tp=true", "whole number"), ("zero=true", "whole number"), ("sequence_parallel=banana", "true or false"),
+    ("sequence_parallel=0", "true or false"), ("compile=banana", "compile"), ("device=banana", "device"),
+    ("engine=5", "no engine"), ("engine=banana", "no engine"), ("schedule=1", "allowed: 1f1b"), ("schedule={}", "text"),
+    ("recompute=[1,2]", "text"), ("pp=2,stages=3", "stages"),
+    ("pp=2,stages=[[1],3]", "YAML"),
+    ("pp=2,stages=[true,3]", "stages"), ("pp=2,stages=Auto", "stages"),
+    ('pp=2,stages=["a",3]', "stages"), ("pp=2,stages=[3,", "YAML"), ("sequence_parallel=False", "true or false"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "words"), WRONG)
 def test_a_wrong_layout_is_refused(text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         layout_of(text, Layout())

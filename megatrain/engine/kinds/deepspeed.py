@@ -13,6 +13,7 @@ float32 partitions in the place of the parameters, one for each parameter group.
 Under a pipeline all stages do as stage 1: a schedule has several micro-batches under way at once.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ from megatrain.engine.kinds.plain import PlainEngine
 from megatrain.engine.passes import Passes, mean, summed
 from megatrain.engine.pipeline import passes_of
 from megatrain.nn.batch import Batch
-from megatrain.optim.norm import Pieces, clip_divisor, global_norm, not_finite
+from megatrain.optim.norm import Pieces, clip_divisor, global_norm, refused
 from megatrain.optim.optimizer import guarded, set_lr, set_step_count, step_count
 from megatrain.optim.steps import load
 from megatrain.optim.whole import Held
@@ -160,17 +161,18 @@ class ZeroEngine:
 
     # --------------------------------------------------------------------------------- a step
 
-    def step(self, batch: Batch, lr: float) -> StepReport:
+    def step(self, batch: Batch, lr: float, most_loss: float = math.inf) -> StepReport:
         batch = batch.to(self.device)
         tokens = self.passes.global_tokens(batch)
         loss_sum = self._reduced_gradients_of(batch, tokens / self.data.size)  # DeepSpeed averages over the ranks
         squared, by_parameter = self._pieces().squares(self.device)
         norm = global_norm(squared, (self.data, self.tp, self.pp))
-        skipped = not_finite(norm)
+        loss = mean(summed(loss_sum, self.data), tokens)
+        skipped = refused(norm, loss, most_loss)
         set_lr(self.optimizer, lr)
         with guarded(self.optimizer, clip_divisor(norm, self.parts.optimizer.clip), skipped):
             self.engine.step()
-        return StepReport(mean(summed(loss_sum, self.data), tokens), tokens, norm, skipped, by_parameter)
+        return StepReport(loss, tokens, norm, skipped, by_parameter)
 
     def _reduced_gradients_of(self, batch: Batch, divisor: Tensor) -> Tensor:
         """Leave the reduced gradient in DeepSpeed's partitions; return this rank's loss sum."""

@@ -25,7 +25,7 @@ from megatrain.engine.passes import mean, summed
 from megatrain.engine.pipeline import passes_of
 from megatrain.models.stages import Stages
 from megatrain.nn.batch import Batch
-from megatrain.optim.norm import Pieces, clip_divisor, global_norm, not_finite
+from megatrain.optim.norm import Pieces, clip_divisor, global_norm, refused
 from megatrain.optim.optimizer import guarded, set_lr, set_step_count, step_count
 from megatrain.optim.steps import load
 from megatrain.optim.whole import Held
@@ -98,20 +98,21 @@ class Fsdp2Engine:
         held = [Held(n, master, known[n], self.rows[n].start, master.numel()) for n, master in trained.items()]
         self.optimizer.settle(held, known, mesh.axis("stage"))
 
-    def step(self, batch: Batch, lr: float) -> StepReport:
+    def step(self, batch: Batch, lr: float, most_loss: float = math.inf) -> StepReport:
         batch = batch.to(self.device)
         tokens = self.passes.global_tokens(batch)
         divisor = tokens / self.data.size  # fully_shard averages over the ranks
         loss_sum = self.passes.forward_backward(batch, divisor, self._backward)
         squared, by_parameter = self._pieces().squares(self.device)
         norm = global_norm(squared, (self.data, self.tp, self.pp))
-        skipped = not_finite(norm)
+        loss = mean(summed(loss_sum, self.data), tokens)
+        skipped = refused(norm, loss, most_loss)
         set_lr(self.optimizer, lr)
         with guarded(self.optimizer, clip_divisor(norm, self.parts.optimizer.clip), skipped):
             self.optimizer.step()
         for h in self.rows.values():
             h.parameter.grad = h.master.grad = None
-        return StepReport(mean(summed(loss_sum, self.data), tokens), tokens, norm, skipped, by_parameter)
+        return StepReport(loss, tokens, norm, skipped, by_parameter)
 
     def _backward(self, loss: Tensor, last: bool) -> None:
         """Gradients of all but the last micro-batch stay whole on each rank, in float32, and are reduced with its."""

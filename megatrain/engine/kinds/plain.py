@@ -1,6 +1,7 @@
 """The reference engine: pure torch, gradients all-reduced over the data-parallel ranks, nothing sharded."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from megatrain.engine.api import ENGINE, Engine, EngineCase, Parts, Precision, S
 from megatrain.engine.gradients import Gradients, gradients_by_name, gradients_of, sum_partial
 from megatrain.engine.passes import mean, summed
 from megatrain.nn.batch import Batch
-from megatrain.optim.norm import Pieces, clip_divisor, counted_and_copies, global_norm, not_finite
+from megatrain.optim.norm import Pieces, clip_divisor, counted_and_copies, global_norm, refused
 from megatrain.optim.optimizer import guarded, set_lr, set_step_count, step_count
 from megatrain.optim.steps import load
 from megatrain.optim.whole import Held
@@ -62,7 +63,7 @@ class PlainEngine:
     def _gradients(self) -> Gradients:
         return Gradients(list(self.named.values()), self.data)
 
-    def step(self, batch: Batch, lr: float) -> StepReport:
+    def step(self, batch: Batch, lr: float, most_loss: float = math.inf) -> StepReport:
         batch = batch.to(self.device)
         tokens = self.passes.global_tokens(batch)
         loss_sum = self._gradients_of(batch, tokens)
@@ -76,13 +77,14 @@ class PlainEngine:
         squared, apart = pieces.squares(self.device)
         by_parameter = apart if self.data.rank == 0 else None  # the others count the same copies
         norm = global_norm(squared, (self.tp, self.pp))
-        skipped = not_finite(norm)
+        loss = mean(summed(loss_sum, self.data), tokens)
+        skipped = refused(norm, loss, most_loss)
         set_lr(self.optimizer, lr)
         with guarded(self.optimizer, clip_divisor(norm, self.parts.optimizer.clip), skipped):
             self.optimizer.step()
         self._publish()
         self.gradients.clear()
-        return StepReport(mean(summed(loss_sum, self.data), tokens), tokens, norm, skipped, by_parameter)
+        return StepReport(loss, tokens, norm, skipped, by_parameter)
 
     def _gradients_of(self, batch: Batch, tokens: Tensor) -> Tensor:
         """Leave the gradient of the global mean loss in the parameters; return this rank's loss sum."""

@@ -23,13 +23,19 @@ class Bookkeeping(Periodic):
         """
         super().__init__(every, handle)
         self.cursors = cursors
-        self.step = handle.first_step - 1
+        self.order, self.step = order, handle.first_step - 1
         self.skipped: list[int] = []
-        self.ledger: Ledger | None = None
-        start = cursors()
-        if handle.rank == 0:
-            self.ledger = Ledger(handle.folder / FILE)
-            self.ledger.start(self.step, start, order)
+        self.ledger = Ledger(handle.folder / FILE) if handle.rank == 0 else None
+        self._start()
+
+    def _start(self) -> None:
+        cursors = self.cursors()
+        if self.ledger is not None:
+            self.ledger.start(self.step, cursors, self.order)
+
+    def rewound(self, step: int) -> None:
+        self.step, self.skipped = step, []
+        self._start()
 
     @property
     def head(self) -> Head | None:
