@@ -6,6 +6,7 @@ Dropout masks are functions of the element, so the second forward drops what the
 
 import re
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -24,7 +25,7 @@ def recompute(layers: nn.ModuleDict, what: str) -> None:
         what: none; elementwise (the activation of every feed-forward, the widest tensor of a block, which in a
             compiled block no product is done again for); selective (the attention of every block, whose activations
             grow fastest with the sequence and are cheap to make again); full (every block); or numbers of blocks:
-            `0-3`, `0-3,8`, `0-30:2` (every second one).
+            `0-3`, `0-3,8`, `0-30:2` (every second one), or a shell pattern over them, `*[05]`.
     """
     block: Any
     for name, block in layers.items():
@@ -38,7 +39,7 @@ def recompute(layers: nn.ModuleDict, what: str) -> None:
 
 def recomputes(name: str, what: str) -> bool:
     """Whether all of the block of that name is computed again."""
-    return what == FULL or int(name) in numbers(what)
+    return what == FULL or int(name) in numbers(what) or fnmatchcase(name, what)
 
 
 def numbers(what: str) -> set[int]:

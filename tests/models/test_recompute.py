@@ -72,6 +72,6 @@ def test_numbers_are_read_as_they_are_meant() -> None:
 
 
 def test_what_names_no_block_is_refused() -> None:
-    assert unmatched(3, "full") == unmatched(3, "0-1") == []
+    assert unmatched(3, "full") == unmatched(3, "0-1") == unmatched(3, "[12]") == []
     for wrong in ("5-9", "first", "3-1"):
         assert "names no block from 0 to 2" in unmatched(3, wrong)[0]
