@@ -115,8 +115,8 @@ def verify(run_file: str, overrides: Sequence[str], layout: str, steps: int) -> 
     run = read_run(run_file, overrides).run
     chosen, world = layout_of(layout, run.layout)
     one = "engine=plain"
-    refuse(prepared(run, layout_of(one, run.layout)[0]), 1)
     refuse(prepared(run, chosen), world)
+    refuse(prepared(run, layout_of(one, run.layout)[0]), 1)
     with tempfile.TemporaryDirectory(prefix="megatrain-verify-") as name:
         folder = Path(name)
         for side, text, n in (("one", one, 1), ("many", layout, world)):

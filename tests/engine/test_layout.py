@@ -64,7 +64,12 @@ def test_sizes_that_do_not_multiply_to_the_ranks_are_refused_with_the_arithmetic
 @pytest.mark.parametrize(
     ("layout", "world", "global_batch", "words"),
     [
-        (Layout(), 4, 6, "train.global_batch=6 does not divide over dp=4 (= 4 ranks / tp 1): use a multiple of 4"),
+        (
+            Layout(),
+            4,
+            6,
+            "train.global_batch=6 does not divide over dp=4 (= 4 ranks / (tp 1 x pp 1 x cp 1)): use a multiple of 4",
+        ),
         (Layout(), 4, 6, "pick dp from [1, 2, 3, 6]"),
         (Layout(micro_batch=4), 2, 12, "the 6 sequences that each rank has (train.global_batch 12 / dp 2)"),
         (Layout(micro_batch=4), 2, 12, "pick it from [1, 2, 3, 6]"),

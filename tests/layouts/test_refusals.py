@@ -67,7 +67,7 @@ REFUSED: list[tuple[int, str, str]] = [
     (1, "precision.parameters=bf16", "set compute=bf16, or parameters=fp32"),
     # --- batches
     (3, "layout.engine=plain",
-     "train.global_batch=16 does not divide over dp=3 (= 3 ranks / tp 1): use a multiple of 3, or "
+     "train.global_batch=16 does not divide over dp=3 (= 3 ranks / (tp 1 x pp 1 x cp 1)): use a multiple of 3, or "
      "pick dp from [1, 2, 4, 8, 16]"),
     (4, "train.global_batch=6", "use a multiple of 4, or pick dp from [1, 2, 3, 6]"),
     (2, "layout.micro_batch=3", "layout.micro_batch=3 does not divide the 8 sequences that each rank has "
