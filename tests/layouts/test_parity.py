@@ -54,12 +54,15 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 """Dropout, packed documents and tied embeddings, but for `untied`; `best_fit` leaves rows of unevenly many tokens."""
 
+WIDE = COMMON | {"model__d_model": 256, "model__d_ff": 16384, "model__n_layers": 1}
+"""Its matrices have four million elements, so that a sum which loses digits with its length shows."""
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, text_data: Path) -> dict[str, str]:
     """Run files by name, each with its side of one process beside it."""
     folder = tmp_path_factory.mktemp("parity")
-    return {name: small_run(folder / name, text_data, **changes) for name, changes in RUNS.items()}
+    return {name: small_run(folder / name, text_data, **changes) for name, changes in (RUNS | {"wide": WIDE}).items()}
 
 
 def one_process(path: str, steps: int) -> Path:
@@ -92,6 +95,13 @@ def check(runs: dict[str, str], rows: list[Row], folder: Path, steps: int) -> li
 
 def test_a_few_layouts_of_each_kind_equal_one_process(runs: dict[str, str], tmp_path: Path) -> None:
     assert len(check(runs, CI, tmp_path, CI_STEPS)) == len(CI)
+
+
+def test_a_few_layouts_equal_one_process_with_tensors_of_four_million_elements(
+    runs: dict[str, str], tmp_path: Path
+) -> None:
+    layouts = ["tp=2,engine=plain", "dp=2,engine=fsdp2,zero=2", "dp=2,engine=deepspeed,zero=1"]
+    assert len(check(runs, [("wide", layout) for layout in layouts], tmp_path, steps=2)) == len(layouts)
 
 
 @pytest.fixture(scope="module")
