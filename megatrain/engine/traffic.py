@@ -226,7 +226,7 @@ def zero_partitioned(step: StepShape, found: Tally, *, every_pass: bool) -> None
     rounds = step.micro_batches if every_pass else 1
     found.add("data", "all_reduce", sum(p.numel() for p in parameters) * FLOAT32, rounds)
     for group in ([p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim == 1]):
-        found.add("data", "all_gather", sum(p.numel() for p in group) * FLOAT32)
+        found.add("data", "all_gather", sum(p.numel() for p in group) * step.element)
     found.add("data", "all_reduce", FLOAT32, 2)
     _norm(step, found, ("data", "tp", "pp"))
     tied_ends(step, found, 1)

@@ -45,8 +45,9 @@ def rows_of_rank(given: Batch, layout: Layout, mesh: Any) -> Batch:
     return mine.context_part(layout.context(mesh).columns(SEQ_LEN))
 
 
-def counted(cases: list[tuple[Decoder, Layout]]) -> list[tuple[dict, dict]]:
+def counted(cases: list[tuple[Decoder, Layout]], bf16: bool = False) -> list[tuple[dict, dict]]:
     """(counted, by formula) of each case; the ranks of one start take them one after another."""
+    precision, element = (Precision(compute="bf16", parameters="bf16"), 2) if bf16 else (Precision(), 4)
     found = []
     for model, layout in cases:
         mesh = layout.mesh(dist.get_world_size()).at(dist.get_rank()).connect()
@@ -57,7 +58,7 @@ def counted(cases: list[tuple[Decoder, Layout]]) -> list[tuple[dict, dict]]:
         initialise(built, seed=0)
         recompute(built.layers, layout.recompute)
         resolved = resolve_engine(layout, mesh.size)
-        parts = Parts(built, AdamW(lr=1e-3), mesh, Device("cpu"), Precision(), layout.micro_batch, resolved.zero, plan)
+        parts = Parts(built, AdamW(lr=1e-3), mesh, Device("cpu"), precision, layout.micro_batch, resolved.zero, plan)
         engine = ENGINE[resolved.engine]().build(parts)
         given = rows_of_rank(batch(*[(5, 11)] * ROWS, vocab_size=N_VALID), layout, mesh)
         for _ in range(2):  # DeepSpeed looks at the first ones to know what to gather ahead
@@ -65,7 +66,7 @@ def counted(cases: list[tuple[Decoder, Layout]]) -> list[tuple[dict, dict]]:
         with Communication(group_names(mesh.groups)) as seen:
             engine.step(given, 1e-3)
         engine.close()
-        shape = StepShape(model, N_VALID, SEQ_LEN, layout, mesh, ROWS)
+        shape = StepShape(model, N_VALID, SEQ_LEN, layout, mesh, ROWS, element)
         found.append((dict(seen.traffic), dict(step_traffic(shape))))
     return found
 
@@ -117,6 +118,32 @@ def test_counted_collectives_are_those_of_the_closed_forms(n, cases):
     for rank in run(counted, n, cases):
         for (model, layout), (seen, formula) in zip(cases, rank, strict=True):
             assert seen == formula, f"{layout}, {model.n_kv_heads} key-value heads"
+
+
+BF16_TWO = [
+    # a CPU without bf16 products keeps what sequence parallelism gathers, and a ring sends float32 there
+    (GPT, Layout(tp=2, sequence_parallel=False)),
+    (LLAMA, Layout(engine="plain")),
+    (LLAMA, Layout(cp=2, cp_kind="ulysses", engine="plain")),
+    (LLAMA, Layout(zero=1)),
+    (LLAMA, Layout(zero=2)),
+    (WIDE, Layout(zero=3, micro_batch=2)),
+    (LLAMA, Layout(engine="fsdp2", zero=2)),
+    (LLAMA, Layout(engine="fsdp2", zero=3, micro_batch=2)),
+]
+BF16_FOUR = [
+    (DEEP, Layout(tp=2, pp=2, schedule="zbv", engine="plain")),
+    (DEEP, Layout(dp=2, pp=2, schedule="zbv", engine="deepspeed", zero=1)),
+    (DEEP, Layout(dp=2, pp=2, schedule="interleaved", engine="deepspeed", zero=2)),
+    (dataclasses.replace(DEEP, tie_embeddings=False), Layout(dp=2, pp=2, schedule="zbv", engine="fsdp2", zero=2)),
+]
+
+
+@pytest.mark.parametrize(("n", "cases"), [(2, BF16_TWO), (4, BF16_FOUR)], ids=["2 ranks", "4 ranks"])
+def test_in_bf16_activations_and_parameters_are_sent_in_two_bytes_and_gradients_in_four(n, cases):
+    for rank in run(counted, n, cases, True):
+        for (_, layout), (seen, formula) in zip(cases, rank, strict=True):
+            assert seen == formula, layout
 
 
 def test_with_sequence_parallelism_a_layer_has_two_gathers_and_two_scatters_forward():
