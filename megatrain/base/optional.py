@@ -49,14 +49,14 @@ def torchao(module: str) -> Optional:
 
 
 @cache
-def nvidia_apex() -> Optional:
-    """NVIDIA's apex with its CUDA extensions, and nothing else of that name (the package index has another project)."""
+def nvidia_apex(extension: str) -> Optional:
+    """A compiled extension of NVIDIA's apex (`amp_C`, `fused_layer_norm_cuda`), and of nothing else of that name: the
+    package index has another project."""
     found = optional("apex")
     if not found:
         return found
-    extensions = optional("amp_C")
-    if not extensions:
-        return Optional(
-            "apex", None, f"this apex has no CUDA extensions (amp_C: {extensions.why_not}); torch's own are used"
-        )
-    return found
+    kernels = optional(extension)
+    if not kernels:
+        why = f"this apex has no CUDA extensions ({extension}: {kernels.why_not}), so it may be another project"
+        return Optional("apex", None, why)
+    return kernels

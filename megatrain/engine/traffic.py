@@ -251,9 +251,6 @@ def partitioned_by_deepspeed(step: StepShape, found: Tally) -> None:
         found.add("data", "all_gather", n * step.element)
     found.add("data", "all_reduce", FLOAT32, 2)
     _norm(step, found, ("data", "tp"))
-    for axis in ("data", "model"):  # DeepSpeed looks for overflow and takes a norm of its own
-        if step.mesh.axis(axis).size > 1:
-            found.add(axis, "all_reduce", FLOAT64, 2)
     _sums_in_backward(step, parameters, found)
 
 

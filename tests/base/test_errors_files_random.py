@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from megatrain.base.device import Device, cpu_threads
 from megatrain.base.errors import ConfigError, DataError, LayoutError, PreemptedError, RunError, UserError, did_you_mean
 from megatrain.base.files import read_json, read_json_lines, sha256_of, write_json, written_whole
-from megatrain.base.optional import optional
+from megatrain.base.optional import nvidia_apex, optional
 from megatrain.base.random import generator, seed_of
 
 
@@ -131,3 +132,18 @@ def test_an_absent_package_is_told_from_a_broken_one(tmp_path: Path, monkeypatch
     assert not optional("broken_for_test")
     with pytest.raises(ImportError, match=r"broken_for_test is not usable here: .*bad build"):
         _ = optional("broken_for_test").anything
+
+
+def test_another_project_that_is_called_apex_is_not_nvidias(tmp_path: Path, monkeypatch):
+    for name in ("apex", "no_extension_for_test"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    (tmp_path / "apex.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    optional.cache_clear()
+    assert not nvidia_apex("no_extension_for_test")
+    assert "it may be another project" in nvidia_apex("no_extension_for_test").why_not
+    (tmp_path / "extension_for_test.py").write_text("answer = 42")
+    assert nvidia_apex("extension_for_test").answer == 42
+    optional.cache_clear()
+    nvidia_apex.cache_clear()
+    sys.modules.pop("apex")

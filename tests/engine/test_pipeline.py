@@ -165,12 +165,12 @@ def tell_all(cases: list[Case]) -> list[Story]:
 
 
 @cache
-def one(tied: bool, steps: int) -> Story:
-    return tell(dataclasses.replace(ONE, tied=tied, steps=steps))
+def one(tied: bool, steps: int, optimizer: Any) -> Story:
+    return tell(dataclasses.replace(ONE, tied=tied, steps=steps, optimizer=optimizer))
 
 
 def assert_equal(case: Case, stories: list[Story]) -> None:
-    expected = one(case.tied, case.steps)
+    expected = one(case.tied, case.steps, case.optimizer)
     for story in stories:
         assert [r[:2] for r in story.reports] == [pytest.approx(r[:2], rel=1e-5) for r in expected.reports], case
         assert [r[2] for r in story.reports] == [pytest.approx(r[2], rel=1e-5) for r in expected.reports], case
@@ -230,11 +230,15 @@ def test_pipelines_equal_one_process(cases):
         assert_equal(case, stories)
 
 
+OF_ONE_STAGE = dataclasses.replace(OPTIMIZER, groups=(Group(match="embedding.*", weight_decay=0.2),))
+"""Only the first stage has parameters in this group."""
+
 DEEPSPEED = [  # which keeps state of its process: an engine a start
     Case("1f1b", "deepspeed", 0, dp=2),
     Case("interleaved_zero_bubble", "deepspeed", 1, dp=2),
     Case("zbv", "deepspeed", 2, tp=2),
     Case("dualpipev", "deepspeed", 3),
+    Case("1f1b", "deepspeed", 3, tied=False, optimizer=OF_ONE_STAGE),
     *(
         pytest.param(Case(schedule, "deepspeed", zero, tp=tp, dp=3 - tp, tied=zero < 3), marks=pytest.mark.slow)
         for schedule in SCHEDULES

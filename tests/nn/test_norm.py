@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatrain.base.optional import nvidia_apex
 from megatrain.nn.norm import NORM
 from megatrain.nn.norm.rms_norm import RMSNorm
 from megatrain.parallel.shard import initialise, shards
@@ -28,6 +29,17 @@ def test_a_norm_equals_its_definition_with_gradients_when_compiled(norm):
     fast = torch.compile(layer.forward, fullgraph=True, backend="aot_eager")
     x = leaf(2, 5, WIDTH)
     assert_same_function(lambda x, *_: fast(x), lambda x, *_: layer.reference(x), [x, *layer.parameters()])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", examples(NORM))
+def test_a_norm_on_a_gpu_equals_its_definition_by_apex_or_by_torch(norm, dtype):
+    print(nvidia_apex("fused_layer_norm_cuda").why_not or "by apex")
+    layer = norm.build(WIDTH, TensorParallel()).cuda()
+    randomise(layer)
+    x = leaf(2, 5, WIDTH, dtype=dtype).detach().cuda().requires_grad_()
+    assert_same_function(lambda x, *_: layer(x), lambda x, *_: layer.reference(x), [x, *layer.parameters()])
 
 
 @pytest.mark.parametrize("norm", examples(NORM))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatrain.base.optional import torchao
+from megatrain.base.optional import nvidia_apex, torchao
 from megatrain.config.build import build
 from megatrain.config.source import Node
 from megatrain.optim.kinds.adafactor import Adafactor
@@ -62,7 +62,62 @@ def settled(choice, named) -> Steps:
 def set_gradients(named, step: int, factor: float = 1.0) -> None:
     g = torch.Generator().manual_seed(step)
     for p in named.values():
-        p.grad = torch.randn(p.shape, generator=g) * factor
+        p.grad = (torch.randn(p.shape, generator=g) * factor).to(p.device)
+
+
+class AmpC:
+    """Stands for apex's extension: what its kernel does (csrc/multi_tensor_adam.cu), element by element."""
+
+    @staticmethod
+    def multi_tensor_adam_capturable(
+        chunk, noop, lists, lr, beta1, beta2, eps, step, mode, correct, decay, inverse_scale
+    ):
+        assert chunk > 0
+        assert mode == 1
+        assert noop.dtype == step.dtype == torch.int32
+        assert lr.dtype == inverse_scale.dtype == torch.float32
+        if noop.item() == 1:
+            return
+        one, two = (1 - beta**step if correct else 1.0 for beta in (beta1, beta2))
+        for g, p, m, v in zip(*lists, strict=True):
+            g.mul_(inverse_scale)
+            m.mul_(beta1).add_((1 - beta1) * g)
+            v.mul_(beta2).add_((1 - beta2) * g * g)
+            p.sub_(lr * ((m / one) / ((v / two).sqrt() + eps) + decay * p))
+
+
+def test_adamw_by_apex_is_adamw_by_torch(monkeypatch):
+    """A step that is refused among them, and gradients to be divided."""
+    choice = AdamW(lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.2)
+    ours, theirs = tensors(), tensors()
+    ours_steps, theirs_steps = choice.build(ours), choice.build(theirs)
+    for step in range(1, 7):
+        for named in (ours, theirs):
+            set_gradients(named, step)
+        divisor, refused = torch.tensor(1.5), ONE if step == 3 else ZERO
+        guarded_step(theirs_steps, divisor, refused)
+        with monkeypatch.context() as patch:
+            patch.setattr(AdamW, "update_by_torch", lambda self, work: self.update_by_apex(work, AmpC))
+            guarded_step(ours_steps, divisor, refused)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-7)
+    assert step_count(ours_steps) == step_count(theirs_steps) == 5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_adamw_on_a_gpu_is_adamw_on_a_cpu_by_apex_or_by_torch():
+    print(nvidia_apex("amp_C").why_not or "by apex")
+    choice = AdamW(lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.2)
+    for device in ("cpu", "cuda"):
+        named = tensors(device=device)
+        optimizer = choice.build(named)
+        for step in range(1, 6):
+            set_gradients(named, step)
+            guarded_step(optimizer, ONE.to(device), ZERO.to(device))
+        if device == "cpu":
+            expected = named
+    for name in named:
+        torch.testing.assert_close(named[name].cpu(), expected[name], rtol=1e-6, atol=1e-7)
 
 
 def test_adamw_equals_its_formula_in_float64():

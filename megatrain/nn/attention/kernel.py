@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from megatrain.parallel.product import by_float32, product_format
 
@@ -20,15 +21,38 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, 
     Returns:
         [b, h, t, k].
     """
-    grouped = q.shape[1] != k.shape[1]
-    if grouped and q.device.type == "cpu":  # the fused CPU kernel takes equal head counts only
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        grouped = False
-    options: dict[str, Any] = {"attn_mask": mask, "is_causal": causal and mask is None, "enable_gqa": grouped}
+    q, k, v, options = _as_taken(q, k, v, mask, causal)
     if by_float32(q):
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options).bfloat16()
     return F.scaled_dot_product_attention(q, k, v, **options)
+
+
+def kernel_for(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool) -> str:
+    """The name of the kernel that `scaled_dot_product` uses for such tensors, as torch chooses by card and shape."""
+    q, k, v, options = _as_taken(*as_products(q, k, v), mask, causal)
+    return KERNELS[SDPBackend(torch._fused_sdp_choice(q, k, v, **options)).name]
+
+
+KERNELS = {
+    "FLASH_ATTENTION": "FlashAttention",
+    "CUDNN_ATTENTION": "cuDNN's fused attention",
+    "EFFICIENT_ATTENTION": "memory-efficient attention",
+    "MATH": "plain products and softmax",
+    "OVERRIDEABLE": "the device's own attention",
+}
+"""torch's names of its kernels, for people."""
+
+
+def _as_taken(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """What torch's function is called with."""
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.device.type == "cpu":  # the fused CPU kernel takes equal head counts only
+        k, v = _every_head(k, q), _every_head(v, q)
+        grouped = False
+    return q, k, v, {"attn_mask": mask, "is_causal": causal and mask is None, "enable_gqa": grouped}
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

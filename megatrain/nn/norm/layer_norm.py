@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatrain.nn.norm import NORM, Placement
+from megatrain.nn.norm.apex import apex_norms
 from megatrain.parallel.shard import constant, parameter
 from megatrain.parallel.tensor import TensorParallel
 
@@ -42,8 +43,11 @@ class LayerNormLayer(nn.Module):
         self.bias = parameter(tp.copied((width,), constant(0.0), partial=partial)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), bias, self.eps)
+        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        if bias is not None and (apex := apex_norms(x)):  # it has none without a bias
+            with torch.autocast("cuda", enabled=False):
+                return apex.fused_layer_norm_affine(x, weight, bias, x.shape[-1:], self.eps)
+        return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
 
     def reference(self, x: Tensor) -> Tensor:
         """The paper's equation 4, in float64."""

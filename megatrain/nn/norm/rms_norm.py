@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatrain.nn.norm import NORM, Placement
+from megatrain.nn.norm.apex import apex_norms
 from megatrain.parallel import collectives
 from megatrain.parallel.shard import constant, parameter
 from megatrain.parallel.tensor import TensorParallel
@@ -54,7 +55,11 @@ class RMSNormLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             return _FusedOnCPU.apply(x, self.gain(), self.eps)
-        return F.rms_norm(x, x.shape[-1:], self.gain().to(x.dtype), self.eps)
+        gain = self.gain().to(x.dtype)
+        if apex := apex_norms(x):
+            with torch.autocast("cuda", enabled=False):
+                return apex.fused_rms_norm_affine(x, gain, x.shape[-1:], self.eps)
+        return F.rms_norm(x, x.shape[-1:], gain, self.eps)
 
     def reference(self, x: Tensor) -> Tensor:
         """The paper's equation 4, in float64."""

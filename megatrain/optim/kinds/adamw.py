@@ -1,9 +1,13 @@
 """Adam with decoupled weight decay."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim.adam import adam
 
+from megatrain.base.optional import nvidia_apex
 from megatrain.optim.optimizer import OPTIMIZER, Optimizer, beta_problems
 from megatrain.optim.steps import Work
 
@@ -11,7 +15,7 @@ from megatrain.optim.steps import Work
 @OPTIMIZER.register("adamw")
 @dataclass(frozen=True, kw_only=True)
 class AdamW(Optimizer):
-    """AdamW in float32, by torch's fused kernel.
+    """AdamW in float32, on a GPU by NVIDIA apex's kernel where its CUDA extensions import, else by torch's fused one.
 
         m <- b1 m + (1 - b1) g          v <- b2 v + (1 - b2) g^2
         w <- w - lr (weight_decay w + (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps))
@@ -34,11 +38,16 @@ class AdamW(Optimizer):
         return ("exp_avg", "exp_avg_sq")
 
     def update(self, work: Work) -> None:
+        apex = nvidia_apex("amp_C") if work.tensors[0].is_cuda else None
+        if apex:
+            self.update_by_apex(work, apex)
+        else:
+            self.update_by_torch(work)
+
+    def update_by_torch(self, work: Work) -> None:
         adam(
             work.tensors,
-            [p.grad for p in work.tensors if p.grad is not None],
-            [state["exp_avg"] for state in work.states],
-            [state["exp_avg_sq"] for state in work.states],
+            *_lists(work),
             [],
             [state["step"] for state in work.states],
             fused=True,
@@ -53,3 +62,41 @@ class AdamW(Optimizer):
             eps=self.eps,
             maximize=False,
         )
+
+    def update_by_apex(self, work: Work, kernels: Any) -> None:
+        """The same by NVIDIA's kernel, which counts steps for all tensors of a group alike.
+
+        Args:
+            kernels: apex's extension `amp_C`.
+        """
+        step, counts = work.step, [state["step"] for state in work.states]
+        torch._foreach_add_(counts, step.go)
+        gradients, averages, squares = _lists(work)
+        kernels.multi_tensor_adam_capturable(
+            APEX_CHUNK,
+            step.found_inf.to(torch.int32).view(1),
+            [gradients, work.tensors, averages, squares],
+            torch.full((1,), step.lr, device=step.divisor.device),
+            *self.betas,
+            self.eps,
+            counts[0].to(torch.int32).view(1),
+            DECOUPLED,
+            True,  # correct the moments' bias
+            step.weight_decay,
+            step.divisor.reciprocal().view(1),
+        )
+
+
+APEX_CHUNK = 2048 * 32
+"""Elements that a block of the kernel takes, as apex's own optimisers have it."""
+DECOUPLED = 1
+"""The kernel's number for weight decay that is no part of the gradient."""
+
+
+def _lists(work: Work) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Gradients, their averages and those of their squares."""
+    return (
+        [p.grad for p in work.tensors if p.grad is not None],
+        [state["exp_avg"] for state in work.states],
+        [state["exp_avg_sq"] for state in work.states],
+    )
