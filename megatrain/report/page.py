@@ -48,7 +48,7 @@ def page(run: RunRecord, *, reload_seconds: int | None = None) -> str:
         f'<header><h1>{_text(run.name)}</h1><span class="badge {run.outcome}">{run.outcome}</span>'
         f'<span class="note">{progress}{_when(run)}</span></header>'
         f"{_figures(run)}{_charts(run)}"
-        f'<div class="two">{_facts(run)}{_events(run)}{_formats(run)}{_layers(run)}</div>{_config(run)}'
+        f'<div class="two">{_facts(run)}{_events(run)}{_formats(run)}{_kernels(run)}{_layers(run)}</div>{_config(run)}'
         f"<script>{SCRIPT}</script></body></html>\n"
     )
 
@@ -178,6 +178,11 @@ def _facts(run: RunRecord) -> str:
 def _formats(run: RunRecord) -> str:
     table = run.facts.get("dtypes")
     return f'<section class="card"><h2>Number formats</h2>{_table(table.items())}</section>' if table else ""
+
+
+def _kernels(run: RunRecord) -> str:
+    table = run.facts.get("kernels")
+    return f'<section class="card"><h2>Kernels</h2>{_table(table.items())}</section>' if table else ""
 
 
 def _layers(run: RunRecord) -> str:

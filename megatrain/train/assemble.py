@@ -49,6 +49,7 @@ from megatrain.train.hooks.ledger import Bookkeeping
 from megatrain.train.hooks.metrics import Metrics
 from megatrain.train.hooks.saving import Saving
 from megatrain.train.hooks.wandb import Wandb
+from megatrain.train.kernels import kernel_table
 from megatrain.train.narration import loss_of_a_peer, say_what_came, say_what_runs
 from megatrain.train.resume import commit_to_resume, finished, lineage, refuse_other_ledger, refuse_other_tokenizer
 from megatrain.train.stop import StopRequest, StopVote
@@ -210,6 +211,11 @@ class Session:
         )
 
     @cached_property
+    def kernels(self) -> dict[str, str]:
+        """Which kernels the run uses, and why."""
+        return kernel_table(self.run, self.device)
+
+    @cached_property
     def pipeline(self) -> PipelinePlan | None:
         """Schedule and stages, if there are any."""
         return pipeline_of(self.run, self.tokenizer)
@@ -228,6 +234,7 @@ class Session:
             "device": self.device.name(),
             "compute": self.run.precision.compute,
             "dtypes": self.dtypes,
+            "kernels": self.kernels,
             "total_steps": self.run.total_steps,
             "tokens_per_step": self.tokens_per_step,
             "revision": revision(),

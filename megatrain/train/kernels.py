@@ -6,7 +6,7 @@ import torch
 
 from megatrain.base.device import Device
 from megatrain.base.optional import nvidia_apex
-from megatrain.nn.attention.kernel import kernel_for
+from megatrain.nn.attention.kernel import kernel_for, kernel_for_parts
 from megatrain.optim.kinds.adamw import AdamW
 from megatrain.train.config import Run
 
@@ -14,11 +14,11 @@ TOKENS = 1024
 """The choice does not change beyond so many, and a mask of all tokens could be large."""
 
 
-def kernel_table(run: Run, device: Device, *, compiled: bool) -> dict[str, str]:
+def kernel_table(run: Run, device: Device) -> dict[str, str]:
     """A line for each kind of kernel that there is a choice of."""
     table = {"attention": attention_kernel(run, device)}
     if device.kind == "cuda":
-        table["norms"] = "the compiler's" if compiled else by_apex("fused_layer_norm_cuda")
+        table["norms"] = "the compiler" if run.layout.compiles(device.kind) else by_apex("fused_layer_norm_cuda")
         if isinstance(run.optimizer, AdamW):
             table["optimiser step"] = by_apex("amp_C")
     return table
@@ -26,31 +26,32 @@ def kernel_table(run: Run, device: Device, *, compiled: bool) -> dict[str, str]:
 
 def by_apex(extension: str) -> str:
     found = nvidia_apex(extension)
-    return "NVIDIA apex's" if found else f"torch's own; not NVIDIA apex's: {found.why_not}"
+    return "NVIDIA apex" if found else f"torch, not NVIDIA apex: {found.why_not}"
 
 
 def attention_kernel(run: Run, device: Device) -> str:
     """The kernel of rows as the run packs them, and what kept a faster one away."""
     model: Any = run.model
-    tokens = min(run.data.seq_len, TOKENS)
+    tokens, ranks = min(run.data.seq_len, TOKENS), run.layout.tp
+    ring = run.layout.cp > 1 and run.layout.cp_kind == "ring"
+    if not ring:
+        ranks *= run.layout.cp
     dtype = torch.bfloat16 if run.precision.compute == "bf16" else torch.float32
-    shape = (run.layout.micro_batch, 1, tokens, model.width_of_head)
 
     def heads(n: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device.torch).expand(-1, max(1, n // run.layout.tp), -1, -1)
+        return torch.empty(1, max(1, n // ranks), tokens, model.width_of_head, dtype=dtype, device=device.torch)
 
     q, k = heads(model.n_heads), heads(model.kv_heads)
-    packed = run.data.mask_documents
     mask = None
-    if not model.attention.plain(packed, run.data.seq_len):
+    if not model.attention.plain(run.data.mask_documents, run.data.seq_len):
         mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=device.torch)
-    with torch.autocast(device.kind, dtype, enabled=dtype == torch.bfloat16):
-        name = kernel_for(q, k, k, mask, causal=True)
-    return name if mask is None else f"{name}, with a mask: {why_masked(run)}"
+    with torch.autocast(device.kind, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        name = kernel_for_parts(q, mask) if ring else kernel_for(q, k, k, mask, causal=True)
+    return name if mask is None else f"{name} with a mask, since {why_masked(run)}"
 
 
 def why_masked(run: Run) -> str:
     attention: Any = run.model.attention
     if not attention.plain(False, run.data.seq_len):
-        return f"attention {attention.kind} sees less than what precedes"
-    return "rows hold several documents that must not see each other (data.mask_documents=false lets them)"
+        return f"{attention.kind} attention does not see all that precedes"
+    return "documents of one row do not see each other (data.mask_documents)"

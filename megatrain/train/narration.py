@@ -13,7 +13,7 @@ from megatrain.train.throughput import Throughput
 
 
 def say_what_runs(facts: dict[str, Any], throughput: Throughput, schedule: str, resumed_at: int) -> None:
-    """Model, mesh, engine and number formats.
+    """Model, mesh, engine, number formats and kernels.
 
     Args:
         facts: what does not change while the run goes on (`Session.facts`).
@@ -35,6 +35,8 @@ def say_what_runs(facts: dict[str, Any], throughput: Throughput, schedule: str, 
     )
     for line in lines(facts["dtypes"]):
         log("  %s", line)
+    for what, kernel in facts["kernels"].items():
+        log("%s by %s", what, kernel)
     if facts["stages"] is not None:
         log("pipeline: schedule %s, layers of each stage %s", schedule, facts["stages"])
     if resumed_at:

@@ -30,6 +30,7 @@ def finished(tmp_path_factory, text_data: Path) -> Path:
 
 def test_the_table_of_formats_is_kept_with_the_run(finished: Path) -> None:
     [started] = events(finished, "started")
+    assert started["facts"]["kernels"]["attention"].startswith("FlashAttention")
     table = started["facts"]["dtypes"]
     assert table["products"] == "bf16"
     assert table["parameters"] == "fp32"

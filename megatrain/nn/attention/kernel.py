@@ -131,6 +131,12 @@ def attend_part_backward(
     return of_q, _summed_heads(of_k, groups), _summed_heads(of_v, groups)
 
 
+def kernel_for_parts(q: Tensor, mask: Tensor | None) -> str:
+    """The name of the kernel that `attend_part` uses."""
+    (q,) = as_products(q)
+    return KERNELS["FLASH_ATTENTION" if q.device.type == "cpu" or _flash(q, mask) else "EFFICIENT_ATTENTION"]
+
+
 LSE_MULTIPLE, BIAS_MULTIPLE = 32, 16
 """The memory-efficient kernel wants the number of queries of a log-sum-exp, and of keys of a bias, in multiples."""
 
