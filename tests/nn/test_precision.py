@@ -13,6 +13,7 @@ from megatrain.base.optional import torchao
 from megatrain.models.decoder import Decoder
 from megatrain.nn.precision.fp8 import FORMATS, Fp8, cast
 from megatrain.nn.precision.int8 import Int8, uniform
+from megatrain.nn.precision.mx import in_tiles
 from megatrain.nn.precision.quantised import GRADIENT, Quantised, quantised_linear
 from megatrain.nn.precision.select import linears, quantise, selection_problems
 from megatrain.parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -63,6 +64,13 @@ def written_out(x: Tensor, w: Tensor, g: Tensor, recipe: Any) -> tuple[Tensor, T
                 return (m.float() / scale + uniform(scale, m.shape[1])).floor().clamp(-127, 127), scale
             return (m.float() / scale).round(), scale
         dtype = recipe.format(GRADIENT) if gradient else torch.float8_e4m3fn
+        if recipe.kind == "mx":
+            m = torch.cat([m.float(), torch.zeros(len(m), -m.shape[1] % 32)], 1)
+            blocks = m.split(32, 1)
+            scales = [b.abs().amax(1, keepdim=True).clamp(min=1e-12) / torch.finfo(dtype).max for b in blocks]
+            scales = [2.0 ** s.log2().ceil() for s in scales]
+            numbers = [(b / s).to(dtype).float() * s for b, s in zip(blocks, scales, strict=True)]
+            return torch.cat(numbers, 1), torch.ones(1, 1)
         scale = (rows.amax().view(1, 1) if recipe.kind == "tensorwise" else rows) / torch.finfo(dtype).max
         if recipe.kind == "rowwise":
             scale = 2.0 ** scale.log2().ceil()
@@ -94,6 +102,44 @@ def test_a_linear_is_exactly_scale_cast_and_product(recipe):
     assert torch.equal(y.detach().flatten(0, -2), expected[0])
     assert torch.equal(x.grad.flatten(0, -2), expected[1])
     torch.testing.assert_close(w.grad, expected[2], rtol=1e-6, atol=1e-6)
+
+
+def test_mx_numbers_and_scales_are_those_of_torchao():
+    ao = torchao("prototype.mx_formats.mx_tensor")
+    config = torchao("prototype.mx_formats.config")
+    x = leaf(8, 96).detach() * torch.exp2(torch.arange(96) % 7).flip(0)
+    theirs_scale, theirs = ao.to_mx(x, torch.float8_e4m3fn, 32, config.ScaleCalculationMode.RCEIL)
+    ours = Fp8(kind="mx").round(x, "input", ALONE)
+    assert torch.equal(ours.values.float(), theirs.float())
+    assert torch.equal(ours.scale, theirs_scale.float().view(8, 3))
+
+
+def test_scales_of_blocks_stand_where_tensor_cores_look_for_them():
+    rows, columns = 200, 6
+    scale = torch.exp2((torch.arange(rows * columns) % 200 - 100).float()).view(rows, columns)
+    found = in_tiles(scale)
+    assert found.shape == (2 * 2 * 512,)
+    for r in (0, 1, 31, 32, 127, 128, 199):
+        for c in range(columns):
+            tile = r // 128 * 2 + c // 4
+            at = 512 * tile + 16 * (r % 128 % 32) + 4 * (r % 128 // 32) + c % 4
+            assert found[at].float() == scale[r, c]
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "words"),
+    [
+        ("mx", (9, 0), "compute capability 10.0: B200 or newer) and this one has 9.0: set precision.fp8.kind"),
+        ("mx", (8, 0), "leave precision.fp8 out"),
+        ("mx", (10, 0), ""),
+        ("rowwise", (8, 9), ""),
+        ("rowwise", (8, 0), "leave precision.fp8 out"),
+    ],
+)
+def test_a_card_without_the_units_is_refused(kind, capability, words):
+    problem = Fp8(kind=kind).card_problem(capability)
+    assert words in problem
+    assert bool(problem) is bool(words)
 
 
 @pytest.mark.parametrize("kind", ["tensorwise", "rowwise"])

@@ -60,6 +60,7 @@ SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
         "bf16": (*BF16, "precision.parameters=bf16"),
         "fp8-tensorwise": eight_bits("fp8", weight_gradient="low"),
         "fp8-rowwise": eight_bits("fp8", kind="rowwise", weight_gradient="low"),
+        "fp8-mx": eight_bits("fp8", kind="mx", weight_gradient="low"),
         "int8": eight_bits("int8", weight_gradient="low"),
         FAILING: eight_bits("fp8", weight_gradient="low"),
     },

@@ -1,11 +1,12 @@
 """FP8 products with dynamic scales (Micikevicius et al. 2022, arXiv:2209.05433)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from megatrain.nn.precision import mx
 from megatrain.nn.precision.quantised import GRADIENT, Rounded
 from megatrain.nn.precision.select import Selection
 from megatrain.parallel.collectives import all_reduce
@@ -25,18 +26,23 @@ class Fp8(Selection):
     rounded operands are multiplied as float32 numbers.
     """
 
-    kind: Literal["tensorwise", "rowwise"] = "tensorwise"
+    kind: Literal["tensorwise", "rowwise", "mx"] = "tensorwise"
     """tensorwise: one scale for an operand, agreed over tensor-parallel ranks; rowwise: one for each row that is summed
-    over, of what the rank holds, rounded to a power of 2."""
+    over, of what the rank holds, rounded to a power of 2; mx: such a one for each 32 numbers of a row (MXFP8)."""
     gradient: Literal["e4m3", "e5m2"] | None = None
-    """Format of output gradients; by default e5m2 (more range) tensorwise and e4m3 (more digits) rowwise."""
+    """Format of output gradients; by default e5m2 (more range) tensorwise and e4m3 (more digits) else."""
     weight_gradient: Literal["low", "high"] = "high"
     """high leaves the products that make weight gradients in the format of the run."""
 
     def card_problem(self, capability: tuple[int, int] | None) -> str:
         """Why a card of this compute capability cannot do it; empty where it can, and on a CPU, which emulates it."""
-        if capability is None or capability >= (8, 9):
+        if capability is None or capability >= ((10, 0) if self.kind == "mx" else (8, 9)):
             return ""
+        if capability >= (8, 9):
+            return (
+                "precision.fp8.kind=mx needs a card that scales blocks of 32 (compute capability 10.0: B200 or newer) "
+                f"and this one has {capability[0]}.{capability[1]}: set precision.fp8.kind to rowwise or tensorwise"
+            )
         return (
             f"precision.fp8 needs a card with FP8 units (compute capability 8.9: L40S, H100 or newer) and this one has "
             f"{capability[0]}.{capability[1]}: leave precision.fp8 out to train in bf16, or use precision.int8"
@@ -49,6 +55,10 @@ class Fp8(Selection):
 
     def round(self, x: Tensor, what: str, axis: Axis) -> Rounded:
         dtype = self.format(what)
+        if self.kind == "mx":
+            x = mx.padded(x)
+            inverse = power_of_2(mx.largest(x).clamp(min=SMALLEST_AMAX) / torch.finfo(dtype).max)
+            return Rounded(cast(x.float() / mx.spread(inverse), dtype), inverse)
         if self.kind == "tensorwise":
             amax = x.abs().amax() if x.numel() else x.new_zeros(())
             amax = amax.float() if axis.size == 1 else all_reduce(amax.float(), axis.group, "max")
@@ -56,10 +66,13 @@ class Fp8(Selection):
             amax = x.abs().amax(-1, keepdim=True).float()
         inverse = amax.clamp(min=SMALLEST_AMAX) / torch.finfo(dtype).max
         if self.kind == "rowwise":
-            inverse = torch.exp2(torch.ceil(torch.log2(inverse)))
+            inverse = power_of_2(inverse)
         return Rounded(cast(x.float() / inverse, dtype), inverse)
 
     def multiply(self, a: Rounded, b: Rounded, out: torch.dtype) -> Tensor:
+        if self.kind == "mx":
+            product = mx.product if a.values.device.type == "cuda" else mx.emulated_product
+            return product(a.values, a.scale, b.values, b.scale, out)
         if a.values.device.type == "cuda":
             return torch._scaled_mm(
                 a.values.contiguous(), b.values.contiguous().T, scale_a=a.scale, scale_b=b.scale_row, out_dtype=out
@@ -67,13 +80,19 @@ class Fp8(Selection):
         return ((a.values.float() @ b.values.float().T) * (a.scale * b.scale_row)).to(out)
 
     def lost(self, x: Tensor, rounded: Rounded) -> Tensor:
-        values = rounded.values.float()
+        values = rounded.values[:, : x.shape[1]].float()
         ends = values.abs() >= torch.finfo(rounded.values.dtype).max
         return torch.stack([ends.sum(), ((values == 0) & (x != 0)).sum()]).float()
 
     @classmethod
     def examples(cls) -> list["Fp8"]:
-        return [cls(), cls(weight_gradient="low"), cls(kind="rowwise"), cls(kind="rowwise", weight_gradient="low")]
+        kinds: list[Any] = ["tensorwise", "rowwise", "mx"]
+        return [cls(kind=kind, weight_gradient=how) for kind in kinds for how in ("high", "low")]
+
+
+def power_of_2(x: Tensor) -> Tensor:
+    """The next one that is not smaller."""
+    return torch.exp2(torch.ceil(torch.log2(x)))
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -25,7 +25,7 @@ class Rounded:
 
     values: Tensor
     scale: Tensor
-    """float32 [] or [n, 1]."""
+    """float32 [] or [n, 1]; or [n, k / 32], where 32 neighbours share one."""
 
     @property
     def scale_row(self) -> Tensor:
