@@ -2,9 +2,9 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -89,7 +89,7 @@ class Case:
 
     def rows(self, batch: Batch, mesh: Mesh) -> Batch:
         """What this rank computes of a global batch."""
-        mine = list(batch.split(ROWS // self.dp))[mesh.axis("dp").rank]
+        mine = list(batch.split(batch.rows // self.dp))[mesh.axis("dp").rank]
         return mine.context_part(self.layout().context(mesh).columns(SEQ_LEN))
 
     def engine_of(self, mesh: Mesh, change: Callable[[Any], None] = lambda model: None) -> Engine:
@@ -326,6 +326,72 @@ def test_bf16_stages_follow_one_process_in_bf16() -> None:
         for case, losses in zip(cases, of_rank, strict=True):
             [expected] = first_losses([dataclasses.replace(ONE, tied=case.tied, parameters="bf16")])
             assert losses == pytest.approx(expected, rel=5e-3), case
+
+
+MANY = 1000
+FIRST_GRADIENT = dataclasses.replace(OPTIMIZER, betas=(0.0, 0.9), clip=None)
+"""Without momentum, exp_avg is the gradient that was applied."""
+
+
+def applied_gradients(cases: list[Case]) -> list[Pieces]:
+    found = []
+    for case in cases:
+        mesh = case.mesh()
+        engine = case.engine_of(mesh)
+        engine.step(case.rows(toy_batch(0, MANY), mesh), LR)
+        found.append([p for p in pieces_of(engine) if p[0].state == "exp_avg"])
+        engine.close()
+    return found
+
+
+def exact_gradients() -> dict[str, Tensor]:
+    """The float64 sum of all bf16 micro-gradients of one process."""
+    sums: dict[str, Tensor] = {}
+
+    def note(name: str, gradient: Tensor) -> None:
+        sums[name] = sums.get(name, 0) + gradient.double()
+
+    def watch(model: Any) -> None:
+        for name, p in model.named_parameters():
+            p.register_hook(partial(note, name))
+
+    one = dataclasses.replace(ONE, micro_batch=1, parameters="bf16", optimizer=FIRST_GRADIENT)
+    engine = one.engine_of(Mesh(), watch)
+    engine.step(toy_batch(0, MANY), LR)
+    return sums
+
+
+def in_bf16(schedules: Iterable[str], *engines: tuple[str, int]) -> list[Case]:
+    return [
+        Case(schedule, engine, zero, parameters="bf16", optimizer=FIRST_GRADIENT, tied=engine != "fsdp2")
+        for schedule in schedules
+        for engine, zero in engines
+    ]
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "cases",
+    [
+        in_bf16(["1f1b", "zbv"], ("plain", 0)),
+        pytest.param(in_bf16(SCHEDULES, ("plain", 0), ("fsdp2", 2)), marks=pytest.mark.slow),
+        *(
+            pytest.param(in_bf16([schedule], ("deepspeed", zero)), marks=pytest.mark.slow)
+            for schedule in SCHEDULES
+            for zero in range(3)
+        ),
+    ],
+    ids=lambda cases: str(cases[0]).split("-parameters")[0],
+)
+def test_a_thousand_bf16_gradients_are_summed_to_a_thousandth_under_a_schedule(cases):
+    exact = exact_gradients()
+    for case, *ranks in zip(cases, *run(applied_gradients, 2, cases, timeout=1500), strict=True):
+        applied = assembled(ranks)
+        for name, expected in exact.items():
+            if case.tied:  # else the embedding has another gradient
+                found = applied["exp_avg", name].double()
+                error = (found - expected.reshape(found.shape)).norm() / expected.norm()
+                assert error < 1e-3, f"{case}: {name}: {error}"
 
 
 def build_with_groups() -> list[str]:

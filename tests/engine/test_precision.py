@@ -4,6 +4,7 @@ A power of two of equal values is summed exactly even in bf16; 1,000 is none.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,11 +33,16 @@ class Inner(nn.Module):
         self.weights = nn.ParameterDict(
             {n: parameter(Shard(s, normal(1.0), parts=(Part(0, s[0]),))) for n, s in shapes.items()}
         )
+        self.layers = nn.ModuleDict()
+        self.note: Callable[[str, Tensor], None] = lambda name, gradient: None
+        """Is given every micro-gradient."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         row = int(batch.first_row)
         loss = torch.zeros(())
-        for i, w in enumerate(self.weights.values()):
+        for i, (name, p) in enumerate(self.weights.items()):
+            w = p.view_as(p)
+            w.register_hook(functools.partial(self.note, f"weights.{name}"))
             x = torch.full(w.shape, 1 / 3)
             if batch.step == RANDOM:
                 x = torch.randn(w.shape, generator=torch.Generator().manual_seed(2 * row + i))
@@ -50,29 +56,31 @@ def applied_and_summed(kind: str, zero: int) -> list[tuple[Pieces, dict[str, Ten
     model = Inner()
     initialise(model, seed=0)
     options: dict[str, Any] = {"choice": DeepSpeed(persistent_below=0)} if kind == "deepspeed" else {}
-    named = dict(model.named_parameters())
+    names = [name for name, _ in model.named_parameters()]
     engine = toy_engine(
         kind, zero, mesh, model=model, optimizer=FIRST_GRADIENT, compute="bf16", parameters="bf16", **options
     )
     sums: dict[str, Tensor] = {}
-    ranks = mesh.axis("data").size if kind == "deepspeed" else 1  # it averages, so what it is given is larger
+    ranks = 1 if kind == "plain" else mesh.axis("data").size  # the others average, so what they are given is larger
 
     def note(name: str, gradient: Tensor) -> None:
+        assert gradient.dtype == torch.bfloat16
         sums[name] = sums[name] + gradient.double() / ranks
 
-    for name, p in named.items():
-        assert p.dtype == torch.bfloat16
-        p.register_hook(functools.partial(note, name))
+    model.note = note
     found = []
     for step in (EQUAL, RANDOM):
-        sums.update({name: torch.zeros((), dtype=torch.float64) for name in named})
+        sums.update({name: torch.zeros((), dtype=torch.float64) for name in names})
         engine.step(rows_of(toy_batch(step, MICRO_BATCHES), mesh), 1e-3)
         found.append(([p for p in pieces_of(engine) if p[0].state == "exp_avg"], dict(sums)))
     engine.close()
     return found
 
 
-@pytest.mark.parametrize(("kind", "zero", "ranks"), [("plain", 0, 2), *(("deepspeed", z, 2) for z in range(4))])
+@pytest.mark.parametrize(
+    ("kind", "zero", "ranks"),
+    [("plain", 0, 2), *(("deepspeed", z, 2) for z in range(4)), *(("fsdp2", z, 2) for z in (2, 3))],
+)
 def test_a_thousand_bf16_gradients_are_summed_to_a_thousandth(kind, zero, ranks):
     found = run(applied_and_summed, ranks, kind, zero)
     for which in (EQUAL, RANDOM):
