@@ -1,15 +1,7 @@
 """The checkpoints of a run: saved by all ranks together, committed at one instant, kept and taken up again.
 
-A save goes through these points, in this order:
-
-1. every rank copies its counted slices to host memory; training may go on from here;
-2. rank 0 looks at the lease and the free space and makes an empty staging folder;
-3. every rank writes its files there and flushes them to disk; a digest of each slice is taken from memory on the way;
-4. when all have reported, rank 0 writes the manifest, then COMMIT with the manifest's digest, each flushed to disk;
-5. the folder is renamed to step-..., and the rename flushed. Only now is it a checkpoint.
-
-Whatever ends a rank at whatever point leaves the commits before it whole, and a folder without its name or without a
-COMMIT, which no reader takes and the next save removes.
+A save begins when every rank copies its counted slices to host memory. Training may go on from there; `save.Save` does
+the rest in a thread.
 """
 
 import contextlib
@@ -26,15 +18,16 @@ from megatrain.base.errors import CheckpointError, FailedCheckpointError
 from megatrain.base.log import log, warn
 from megatrain.checkpoint.compare import differences, some
 from megatrain.checkpoint.config import Keep
-from megatrain.checkpoint.exchange import Exchange
+from megatrain.checkpoint.exchange import Exchange, error_as_json, error_of
 from megatrain.checkpoint.lease import Lease, run_identity
-from megatrain.checkpoint.manifest import COMMIT, MANIFEST, decode, digest_of, encode
+from megatrain.checkpoint.manifest import COMMIT
 from megatrain.checkpoint.origin import origin
-from megatrain.checkpoint.read import Commit, Reader, candidates, find, folder_of, unmarked
+from megatrain.checkpoint.read import Commit, Reader, candidates, find, unmarked
 from megatrain.checkpoint.remote import open_storage
-from megatrain.checkpoint.retention import discard, retire, sweep
-from megatrain.checkpoint.storage import Storage, no_room, refusal
-from megatrain.checkpoint.write import Fault, HostCopy, assemble, write_files
+from megatrain.checkpoint.retention import retire
+from megatrain.checkpoint.save import Save
+from megatrain.checkpoint.storage import Storage, refusal
+from megatrain.checkpoint.write import Fault, HostCopy
 from megatrain.parallel.mesh import ALONE, Axis
 from megatrain.parallel.shard import Slice
 
@@ -103,7 +96,7 @@ class Checkpoints:
             self.lease = Lease.take(run_folder)
             return run_identity(run_folder, self._run_of_commits())
 
-        self.run = self._on_rank_0(take)
+        self.run = self._exchange.on_rank_0(take)
 
     def _run_of_commits(self) -> str | None:
         for _, folder in candidates(self.storage):
@@ -199,71 +192,22 @@ class Checkpoints:
             self._failure = error
 
     def _save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
-        folder = folder_of(step)
-        needed = self._exchange.gather(self._copy.bytes)
-        staging = self._on_rank_0(lambda: self._prepare(folder, sum(needed)))
-        self._fault("before the files")
-        reports = self._exchange.gather(self._write(staging))
-        self._fault("after the files")
-        try:
-            self._on_rank_0(lambda: self._commit(step, folder, staging, state, facts, reports))
-        except CheckpointError:
-            self._on_rank_0(lambda: discard(self.storage, staging))
-            raise
+        save = Save(
+            step,
+            state,
+            facts,
+            self._copy,
+            self.storage,
+            self._exchange,
+            self.file_bytes,
+            self._check_lease,
+            self._fault,
+        )
+        save.run()
         self.committed = step
         if self.rank == 0:
-            log("saved step %d to %s", step, self.storage.describe(folder))
+            log("saved step %d to %s", step, self.storage.describe(save.folder))
             retire(self.storage, self.keep, self._fault)
-
-    def _prepare(self, folder: str, needed: int) -> str:
-        """The empty staging folder of a save that may go on."""
-        self._check_lease()
-        staging = self.storage.staging(folder)
-        try:
-            sweep(self.storage)
-            free = self.storage.free_bytes()
-            if free is not None and free < needed:
-                raise no_room(self.storage, needed, free)
-            self.storage.prepare(staging)
-            self._fault("after the folder")
-        except OSError as error:
-            raise refusal(error, "preparing a checkpoint", self.storage, needed) from None
-        return staging
-
-    def _write(self, staging: str) -> dict[str, Any]:
-        """This rank's report: what it wrote, or why it could not."""
-        try:
-            written = write_files(self._copy, self.storage, staging, self.rank, self.file_bytes, self._fault)
-            return {"written": written.plain()}
-        except FileNotFoundError as error:
-            return {"problem": f"rank {self.rank} does not see rank 0's folder ({error}): share it between nodes"}
-        except OSError as error:
-            refused = refusal(error, f"writing rank {self.rank}'s part of a checkpoint", self.storage, self._copy.bytes)
-            return {"problem": str(refused)}
-        except Exception as error:  # a defect; told to the others, who would wait for this rank's report
-            return {"problem": f"rank {self.rank} could not write its part of a checkpoint: {error!r}"}
-
-    def _commit(
-        self, step: int, folder: str, staging: str, state: Any, facts: dict[str, Any], reports: list[dict[str, Any]]
-    ) -> None:
-        if problems := [report["problem"] for report in reports if "problem" in report]:
-            raise FailedCheckpointError(problems[0])
-        text = encode(step, state, facts, *assemble(report["written"] for report in reports))
-        decode(text, f"the manifest of step {step}")  # refuses what the slices of all ranks left out or wrote twice
-        try:
-            self.storage.write(f"{staging}/{MANIFEST}", [text])
-            self._fault("after the manifest")
-            self._check_lease()  # where nothing can be renamed, COMMIT is the instant
-            self.storage.write(f"{staging}/{COMMIT}", [digest_of(text).encode() + b"\n"])
-            self._fault("after COMMIT")
-            self._check_lease()
-            self._fault("before the rename")
-            self.storage.publish(staging, folder)
-        except OSError as error:
-            raise refusal(error, f"committing step {step}", self.storage) from None
-        self._fault("after the rename")
-        with contextlib.suppress(OSError):  # for people; no reader trusts it
-            self.storage.hint("latest", f"{folder}\n".encode())
 
     def keep_beside(self, name: str, content: bytes) -> None:
         """Put a small file beside the commits; one rank calls it."""
@@ -295,11 +239,13 @@ class Checkpoints:
         Raises:
             CheckpointError: on every rank, with what is damaged.
         """
-        found = self._on_rank_0(self._candidates)
+        found = self._exchange.on_rank_0(self._candidates)
         for _, folder in found:
             commit, refused = self._look(folder)
-            views = self._exchange.all({"digest": commit and commit.digest, "refused": refused and _plain(refused)})
-            problems = [_error(view["refused"]) for view in views if view["refused"]] or [
+            views = self._exchange.all(
+                {"digest": commit and commit.digest, "refused": refused and error_as_json(refused)}
+            )
+            problems = [error_of(view["refused"]) for view in views if view["refused"]] or [
                 CheckpointError(
                     f"rank {rank} sees another checkpoint in {self.storage.describe(folder)} than rank 0 does"
                 )
@@ -327,17 +273,17 @@ class Checkpoints:
             CheckpointError: there is none, or ranks see different ones.
             FailedCheckpointError: it is damaged.
         """
-        folder, digest = self._on_rank_0(lambda: _place_of(find(place, check=False)))
+        folder, digest = self._exchange.on_rank_0(lambda: _place_of(find(place, check=False)))
         commit, refused = None, None
         try:
             commit = find(folder, check=False)
             if commit.digest != digest:
                 raise CheckpointError(f"rank {self.rank} sees another checkpoint in {folder} than rank 0 does")
         except CheckpointError as error:
-            refused = _plain(error)
+            refused = error_as_json(error)
         for told in self._exchange.all(refused):
             if told:
-                raise _error(told)
+                raise error_of(told)
         assert commit is not None
         damage = commit.damage(self.rank, self._exchange.size, states)
         if problems := [found for share in self._exchange.all(damage) for found in share]:
@@ -363,10 +309,10 @@ class Checkpoints:
         try:
             holder.load(reader.fill, states)
         except CheckpointError as error:
-            refused = _plain(error)
+            refused = error_as_json(error)
         parts = self._exchange.all({"used": sorted(reader.used), "refused": refused})
         for told in (part["refused"] for part in parts if part["refused"]):
-            raise _error(told)
+            raise error_of(told)
         used = {tuple(key) for part in parts for key in part["used"]}
         wanted = {key for key in reader.manifest.tensors if states(key[0])}
         if left := sorted(f"{state} of {name}" for state, name in wanted - used):
@@ -396,31 +342,6 @@ class Checkpoints:
             )
         return commit, None
 
-    def _on_rank_0(self, do: Callable[[], Any]) -> Any:
-        """What `do` returns on rank 0, or the CheckpointError that it raises there, on every rank."""
-        answer: dict[str, Any] = {}
-        if self.rank == 0:
-            try:
-                answer = {"value": do()}
-            except CheckpointError as error:
-                answer = _plain(error)
-            except Exception as error:
-                self._exchange.broadcast(_plain(FailedCheckpointError(f"rank 0 failed: {error!r}")))
-                raise
-        answer = self._exchange.broadcast(answer)
-        if "problem" in answer:
-            raise _error(answer)
-        return answer["value"]
-
 
 def _place_of(commit: Commit) -> tuple[str, str]:
     return commit.storage.describe(commit.folder), commit.digest
-
-
-def _plain(error: CheckpointError) -> dict[str, Any]:
-    """An error as JSON values, for the other ranks."""
-    return {"problem": str(error), "failed": isinstance(error, FailedCheckpointError)}
-
-
-def _error(told: dict[str, Any]) -> CheckpointError:
-    return (FailedCheckpointError if told["failed"] else CheckpointError)(told["problem"])

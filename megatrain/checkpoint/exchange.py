@@ -1,11 +1,13 @@
 """JSON between the ranks of a run, over a process group of its own, so that a thread may use it while others train."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatrain.base.errors import CheckpointError, FailedCheckpointError
 from megatrain.parallel.mesh import Axis
 
 
@@ -46,6 +48,22 @@ class Exchange:
         """The values of all ranks in rank order, on every rank."""
         return self.broadcast(self.gather(value))
 
+    def on_rank_0(self, do: Callable[[], Any]) -> Any:
+        """What `do` returns on rank 0, or the CheckpointError that it raises there, on every rank."""
+        answer: dict[str, Any] = {}
+        if self.rank == 0:
+            try:
+                answer = {"value": do()}
+            except CheckpointError as error:
+                answer = error_as_json(error)
+            except Exception as error:
+                self.broadcast(error_as_json(FailedCheckpointError(f"rank 0 failed: {error!r}")))
+                raise
+        answer = self.broadcast(answer)
+        if "problem" in answer:
+            raise error_of(answer)
+        return answer["value"]
+
     def close(self) -> None:
         if self._group is not None:
             dist.destroy_process_group(self._group)
@@ -58,3 +76,12 @@ def _encode(value: Any) -> torch.Tensor:
 
 def _decode(data: torch.Tensor) -> Any:
     return json.loads(data.numpy().tobytes())
+
+
+def error_as_json(error: CheckpointError) -> dict[str, Any]:
+    """An error, for the other ranks."""
+    return {"problem": str(error), "failed": isinstance(error, FailedCheckpointError)}
+
+
+def error_of(told: dict[str, Any]) -> CheckpointError:
+    return (FailedCheckpointError if told["failed"] else CheckpointError)(told["problem"])

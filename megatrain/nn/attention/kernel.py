@@ -30,7 +30,8 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, 
 
 def kernel_for(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool) -> str:
     """The name of the kernel that `scaled_dot_product` uses for such tensors, as torch chooses by card and shape."""
-    q, k, v, options = _as_taken(*as_products(q, k, v), mask, causal)
+    q, k, v = as_products(q, k, v)
+    q, k, v, options = _as_taken(q, k, v, mask, causal)
     return KERNELS[SDPBackend(torch._fused_sdp_choice(q, k, v, **options)).name]
 
 
