@@ -28,20 +28,17 @@ from megatrain.data.held_out import HeldOut
 from megatrain.data.ledger import order_of
 from megatrain.data.manifest import HELD_OUT, TOKENIZER, TRAIN, Manifest
 from megatrain.data.slots import merged
-from megatrain.engine.dtypes import dtype_table
 from megatrain.engine.guard import Guarded
-from megatrain.engine.layout import resolve_engine
-from megatrain.engine.schedules import PipelinePlan
 from megatrain.nn.batch import Batch
 from megatrain.parallel.mesh import Axis, Mesh
-from megatrain.parallel.product import CPU_MULTIPLIES_BF16
 from megatrain.train.agreement import Drift, refuse_disagreement, refuse_drift
-from megatrain.train.build import build_engine, context_part, open_feed, pipeline_of
+from megatrain.train.build import build_engine, context_part, open_feed
 from megatrain.train.check import refuse
 from megatrain.train.config import Run
 from megatrain.train.examine import examine
+from megatrain.train.facts import facts_of, throughput_of
 from megatrain.train.folder import RunFolder
-from megatrain.train.hook import Handle, Hook, Record
+from megatrain.train.hook import Handle, Hook, Record, restore_states, states_of
 from megatrain.train.hooks.console import Console
 from megatrain.train.hooks.evaluation import Evaluation
 from megatrain.train.hooks.guard import GuardLog
@@ -49,7 +46,6 @@ from megatrain.train.hooks.ledger import Bookkeeping
 from megatrain.train.hooks.metrics import Metrics
 from megatrain.train.hooks.saving import Saving
 from megatrain.train.hooks.wandb import Wandb
-from megatrain.train.kernels import kernel_table
 from megatrain.train.narration import loss_of_a_peer, say_what_came, say_what_runs
 from megatrain.train.resume import commit_to_resume, finished, lineage, refuse_other_ledger, refuse_other_tokenizer
 from megatrain.train.stop import StopRequest, StopVote
@@ -126,7 +122,6 @@ class Session:
         self.lineage = lineage(run, commit)
         if commit is not None:
             refuse_other_ledger(commit, self.folder.path)
-        self.resolved = resolve_engine(run.layout, self.mesh.size)
         self.engine = build_engine(run, self.tokenizer, self.mesh, self.device)
         self.stack.callback(self.engine.close)
         self._restore(commit)
@@ -172,9 +167,9 @@ class Session:
                 self.checkpoints.keep_beside(TOKENIZER, tokenizer)
         self.folder.rewind_metrics(0 if commit is None else commit.step)  # it may have been killed before any commit
         if commit is None:
-            self.folder.note("started", 0, facts=self.facts())
+            self.folder.note("started", 0, facts=self.facts)
         else:
-            self.folder.note("resumed", commit.step, facts=self.facts(), changed=self.lineage[-1]["changed"])
+            self.folder.note("resumed", commit.step, facts=self.facts, changed=self.lineage[-1]["changed"])
 
     def _held_out(self) -> list[Batch]:
         """This rank's held-out rows; none where a source has no such split."""
@@ -196,61 +191,16 @@ class Session:
         return [context_part(batch, cp) for batch in batches]
 
     @cached_property
-    def n_parameters(self) -> int:
-        """Of the undivided model."""
-        return self.run.model.n_parameters(self.tokenizer.vocab_size)
-
-    @cached_property
-    def dtypes(self) -> dict[str, str]:
-        """Every number format of the run."""
-        return dtype_table(
-            self.run.precision,
-            engine=self.resolved.engine,
-            zero=self.resolved.zero,
-            moments=self.run.optimizer.moments,
-        )
-
-    @cached_property
-    def kernels(self) -> dict[str, str]:
-        """Which kernels the run uses, and why."""
-        return kernel_table(self.run, self.device)
-
-    @cached_property
-    def pipeline(self) -> PipelinePlan | None:
-        """Schedule and stages, if there are any."""
-        return pipeline_of(self.run, self.tokenizer)
-
     def facts(self) -> dict[str, Any]:
         """What does not change while the run goes on."""
-        return {
-            "name": self.run.name,
-            "run_id": self.checkpoints.run,
-            "parameters": self.n_parameters,
-            "ranks": self.identity.world,
-            "mesh": {a: self.mesh.axis(a).size for a in ("pp", "dp", "cp", "tp")},
-            "stages": None if self.pipeline is None else list(self.pipeline.layers),
-            "engine": self.resolved.engine,
-            "zero": self.resolved.zero,
-            "device": self.device.name(),
-            "compute": self.run.precision.compute,
-            "dtypes": self.dtypes,
-            "kernels": self.kernels,
-            "total_steps": self.run.total_steps,
-            "tokens_per_step": self.tokens_per_step,
-            "revision": revision(),
-            "versions": versions(),
-        }
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.run.train.global_batch * self.run.data.seq_len
+        return facts_of(self.run, self.tokenizer, self.mesh, self.device, self.checkpoints.run)
 
     # --------------------------------------------------------------------------------- running
 
     def train(self) -> None:
         """The run, with its hooks; whatever ends it is written to events.jsonl."""
-        throughput = self._throughput()
-        say_what_runs(self.facts(), throughput, self.run.layout.schedule, self.resumed_at)
+        throughput = throughput_of(self.run, self.tokenizer, self.identity.world, self.device)
+        say_what_runs(self.facts, throughput, self.run.layout.schedule, self.resumed_at)
         handle = self._handle(throughput)
         if self.resumed_at == 0 and self.held_out:
             self.note("evaluated", **self.evaluate())
@@ -268,7 +218,7 @@ class Session:
             hooks=hooks,
             go_back=self._go_back,
         )
-        self._restore_hooks()
+        restore_states(self.hooks, self.states_of_hooks)
         outcome = "failed"
         try:
             trainer.run()
@@ -307,13 +257,8 @@ class Session:
         self.checkpoints.committed = commit.step
         for hook in self.hooks:
             hook.rewound(commit.step)
-        self._restore_hooks()
+        restore_states(self.hooks, self.states_of_hooks)
         log("went back from step %d to the checkpoint of step %d; the data between is left out", left, commit.step)
-
-    def _restore_hooks(self) -> None:
-        for hook in self.hooks:
-            if (state := self.states_of_hooks.get(type(hook).__name__)) is not None:
-                hook.restore(state)
 
     def _hooks(self, handle: Handle) -> list[Hook]:
         run = self.run
@@ -354,7 +299,7 @@ class Session:
             world=self.identity.world,
             total_steps=self.run.total_steps,
             first_step=self.resumed_at + 1,
-            facts=self.facts() | {"peak_flops": throughput.peak, "peak_source": throughput.peak_source},
+            facts=self.facts | {"peak_flops": throughput.peak, "peak_source": throughput.peak_source},
             config=self.run.shown(),
             evaluate=self.evaluate,
             examine=self.examine,
@@ -364,13 +309,6 @@ class Session:
             stop=self._stop,
             note=self.note,
         )
-
-    def _throughput(self) -> Throughput:
-        bf16 = self.run.precision.compute == "bf16" and (self.device.kind != "cpu" or CPU_MULTIPLIES_BF16)
-        dtype = torch.bfloat16 if bf16 else torch.float32  # what products really run in
-        peak, source = self.device.peak_flops(dtype)
-        flops = self.run.model.flops_per_token(self.tokenizer.vocab_size, self.run.data.seq_len)
-        return Throughput(flops, peak, source, self.identity.world, self.device)
 
     def _lr(self, step: int) -> float:
         return self.run.optimizer.lr * self.run.schedule.lr_factor(step, self.run.total_steps)
@@ -396,8 +334,7 @@ class Session:
         if self.checkpoints.committed == self.state.step or self.trainer.rewinding:
             return
         self.cursors()
-        states = {type(hook).__name__: state for hook in self.hooks if (state := hook.state()) is not None}
-        state = {"run": self.state.saved(), "engine": self.engine.scalars(), "hooks": states}
+        state = {"run": self.state.saved(), "engine": self.engine.scalars(), "hooks": states_of(self.hooks)}
         tokenizer = {
             "fingerprint": self.tokenizer.fingerprint,
             "end_of_document": self.tokenizer.end_of_document,

@@ -1,6 +1,7 @@
 """The seam between the loop and everything that happens beside the steps."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +31,28 @@ class Hook:
 
     def finish(self, outcome: str) -> None:
         """The loop has ended: `finished`, `preempted` or `failed`. Must not raise and must not wait long."""
+
+
+def states_of(hooks: Sequence[Hook]) -> dict[str, Any]:
+    """What a checkpoint remembers of hooks, by their class, and where there are several of one by number."""
+    return {name: state for name, hook in _named(hooks).items() if (state := hook.state()) is not None}
+
+
+def restore_states(hooks: Sequence[Hook], states: dict[str, Any]) -> None:
+    """Give each hook what `states_of` found of it; hooks that were not there then start anew."""
+    for name, hook in _named(hooks).items():
+        if name in states:
+            hook.restore(states[name])
+
+
+def _named(hooks: Sequence[Hook]) -> dict[str, Hook]:
+    seen: Counter[str] = Counter()
+    found = {}
+    for hook in hooks:
+        kind = type(hook).__name__
+        seen[kind] += 1
+        found[kind if seen[kind] == 1 else f"{kind}.{seen[kind]}"] = hook
+    return found
 
 
 @dataclass(frozen=True)

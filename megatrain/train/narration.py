@@ -16,7 +16,7 @@ def say_what_runs(facts: dict[str, Any], throughput: Throughput, schedule: str, 
     """Model, mesh, engine, number formats and kernels.
 
     Args:
-        facts: what does not change while the run goes on (`Session.facts`).
+        facts: what does not change while the run goes on (`facts.facts_of`).
         schedule: in which order a pipeline takes micro-batches.
         resumed_at: the step to go on from; 0 for a new run.
     """

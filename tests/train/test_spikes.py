@@ -20,7 +20,7 @@ from megatrain.train.build import build_engine, open_feed
 from megatrain.train.check import refuse
 from megatrain.train.config import Run, read_run
 from megatrain.train.examine import layer_norms
-from megatrain.train.hook import Handle
+from megatrain.train.hook import Handle, Hook, restore_states, states_of
 from megatrain.train.hooks.spikes import Spikes, limit, robust_score
 from megatrain.train.run import train
 from megatrain.train.trainer import Trainer
@@ -232,3 +232,21 @@ def test_documents_norms_and_activations_are_those_of_the_step(ranks: int, tmp_p
         assert total == pytest.approx(norms[step], rel=1e-4)
         assert set(event["activations"]) == {"layers.0", "layers.1"} < set(event["gradient_norms"])
         assert all(0 < x < math.inf for x in event["activations"].values())
+
+
+class Counting(Hook):
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def state(self) -> int:
+        return self.n
+
+    def restore(self, state: int) -> None:
+        self.n = state
+
+
+def test_two_hooks_of_one_kind_are_each_given_their_own_state():
+    states = json.loads(json.dumps(states_of([Counting(1), Hook(), Counting(2)])))
+    resumed = [Counting(0), Hook(), Counting(0), Counting(7)]
+    restore_states(resumed, states)
+    assert [hook.n for hook in resumed if isinstance(hook, Counting)] == [1, 2, 7]
