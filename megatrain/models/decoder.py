@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megatrain.models import MODEL
 from megatrain.models.block import BLOCKS
+from megatrain.models.compiled import compiled
 from megatrain.models.stages import Costs, Span
 from megatrain.nn.attention import ATTENTION, AttentionCase
 from megatrain.nn.attention.causal import Causal
@@ -391,4 +392,4 @@ class DecoderModel(nn.Module):
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile each block's forward; equal blocks share one graph, and hooks of engines stay outside of it."""
         for block in self.layers.values():
-            block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
+            block.forward = compiled(block.forward, backend)

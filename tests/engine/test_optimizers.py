@@ -92,6 +92,7 @@ ALL, SOME = list(OPTIMIZERS), ["muon", "adafactor"]
     ("kind", "zero", "ranks", "tp", "names"),
     [
         ("plain", 0, 2, 2, ALL),
+        ("fsdp2", 2, 2, 1, ALL),
         ("fsdp2", 3, 4, 2, SOME),
         ("deepspeed", 1, 2, 1, ALL),
         ("deepspeed", 2, 4, 2, SOME),

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from megatrain.base.optional import torchao
 from megatrain.models.decoder import Decoder
@@ -20,7 +21,7 @@ from megatrain.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatrain.parallel.mesh import ALONE, Mesh
 from megatrain.parallel.shard import initialise, normal, shard_of
 from megatrain.parallel.tensor import TensorParallel
-from tests.contract import leaf
+from tests.contract import batch, leaf
 from tests.ranks import run
 
 EXAMPLES = [*Fp8.examples(), *Int8.examples()]
@@ -177,6 +178,35 @@ def test_a_compiled_product_is_the_eager_one(recipe):
         assert torch.equal(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own doing
+def test_a_compiled_block_takes_any_layers_in_bf16_and_compiles_each_choice_once():
+    """More choices than torch compiles of one function unless it is told to; equal blocks share each."""
+    counter = CompileCounterWithBackend("eager")
+    models, found = [], []
+    for compiled in (False, True):
+        model = decoder(n_layers=2)
+        products = list(quantise(model, Fp8(min_size=0, keep_first=0, keep_last=0), 2, ALONE).values())
+        if compiled:
+            model.compile_blocks(counter)
+        models.append((model, [products[i : i + 4] for i in range(0, len(products), 4)]))
+    given = batch((3, 5), vocab_size=31)
+    for _ in range(2):
+        for choice in range(10):
+            losses = []
+            for model, blocks in models:
+                for block in blocks:
+                    for i, product in enumerate(block):
+                        product.demoted = bool(choice >> i & 1)
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = model(given)[0]
+                loss.backward()
+                losses.append(float(loss.detach()))
+            found.append(losses)
+    for eager, compiled in found:
+        assert compiled == pytest.approx(eager, rel=1e-4)
+    assert counter.frame_count == 10
+
+
 def through_two_layers(recipe: Any, tp_size: int) -> dict[str, Tensor]:
     """Output and gradients of a column- and a row-parallel layer, whole."""
     mesh = Mesh.of(tp=tp_size).at(torch.distributed.get_rank()).connect() if tp_size > 1 else Mesh()
@@ -233,8 +263,8 @@ def test_stochastic_rounding_to_int8_is_exact_in_the_mean():
 MODEL = Decoder(d_model=32, n_layers=4, n_heads=2, d_ff=48)
 
 
-def decoder(tp: TensorParallel = TensorParallel()) -> Any:  # noqa: B008
-    model = MODEL.build(n_valid=31, seq_len=8, tp=tp)
+def decoder(n_layers: int = MODEL.n_layers) -> Any:
+    model = dataclasses.replace(MODEL, n_layers=n_layers).build(n_valid=31, seq_len=8)
     initialise(model, seed=0)
     return model
 
