@@ -23,7 +23,7 @@ from torch import Tensor
 from megatrain.base.device import Device
 from megatrain.base.errors import ConfigError, RunError
 from megatrain.base.files import read_json, write_json
-from megatrain.base.log import start_logging
+from megatrain.base.log import log, start_logging
 from megatrain.checkpoint.checkpoints import Checkpoints
 from megatrain.checkpoint.read import Reader, find
 from megatrain.cluster.identity import identity_of
@@ -123,7 +123,7 @@ def verify(run_file: str, overrides: Sequence[str], layout: str, steps: int) -> 
             command = [sys.executable, "-m", "megatrain.train.verify", run_file, text, str(steps), str(folder / side)]
             code = run_local_ranks(n, [*command, *overrides])
             if code:
-                raise RunError(f"the side of {'one process' if n == 1 else layout} ended with exit code {code}")
+                raise RunError(f"the side of {_ranks(n) if n == 1 else layout} ended with exit code {code}")
         return compare(folder / "one", folder / "many", layout, steps, chosen)
 
 
@@ -152,6 +152,10 @@ def measure(run_file: str, layout_text: str, steps: int, folder: Path, overrides
         take_steps(run, mesh.connect() if identity.world > 1 else mesh, steps, folder)
 
 
+def _ranks(n: int) -> str:
+    return "one process" if n == 1 else f"{n} ranks"
+
+
 def take_steps(run: Run, mesh: Mesh, steps: int, folder: Path) -> None:
     """Take `steps` steps from the start of the run as one rank of `mesh`, and write down what `compare` reads."""
     device = Device.of("cpu")
@@ -165,6 +169,7 @@ def take_steps(run: Run, mesh: Mesh, steps: int, folder: Path) -> None:
             with flow if step == 1 else contextlib.nullcontext():
                 report = engine.step(next(feed), run.optimizer.lr * run.schedule.lr_factor(step, run.total_steps))
             losses.append(float(report.loss))
+            log("%s: step %d of %d, loss %.6f", _ranks(mesh.size), step, steps, losses[-1])
             norms.append(float(report.grad_norm))
             if step in (1, steps):
                 checkpoints.save(step, engine.slices(), {}, {}, asynchronous=False)
