@@ -113,7 +113,7 @@ def decode_header(text: bytes, data_bytes: int, where: str) -> tuple[dict[str, E
 def _entry(key: str, value: Any) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{key} is not described by dtype, shape and data_offsets")
-    if value["dtype"] not in DTYPES:
+    if not isinstance(value["dtype"], str) or value["dtype"] not in DTYPES:
         raise ValueError(f"{key} has the unknown dtype {value['dtype']!r}")
     dtype, shape, offsets = DTYPES[value["dtype"]], value["shape"], value["data_offsets"]
     if not (_counts(shape) and _counts(offsets) and len(offsets) == 2 and len(shape) <= 16):

@@ -105,7 +105,7 @@ class Folder:
         """Of transformers, float32 [rows, tokens, v].
 
         Raises:
-            CheckpointError: it is not installed.
+            CheckpointError: it is not installed, or does not take the model.
         """
         transformers = optional("transformers")
         if not transformers:
@@ -113,7 +113,13 @@ class Folder:
                 f"the conversion cannot be checked, transformers is not usable here ({transformers.why_not}): "
                 "install it, or convert with --no-check"
             )
-        return self.transformers_model(transformers).eval()(tokens).logits.float()
+        try:
+            return self.transformers_model(transformers).eval()(tokens).logits.float()
+        except Exception as error:  # whatever it says of a config that it does not take
+            said = next(iter(str(error).strip().splitlines()), "")
+            raise CheckpointError(
+                f"transformers does not take {self.path} ({type(error).__name__}: {said}): is its {CONFIG} right?"
+            ) from error
 
     def side_files(self) -> dict[str, bytes]:
         return {name: (self.home / name).read_bytes() for name in SIDE_FILES if (self.home / name).is_file()}
@@ -121,13 +127,15 @@ class Folder:
     def _files(self) -> list[str]:
         if (self.path / INDEX).exists():
             index = read_bounded_json(self.path / INDEX)
-            files = sorted(set(index.get("weight_map", {}).values())) if isinstance(index, dict) else []
-            for file in files:
+            named = index.get("weight_map") if isinstance(index, dict) else None
+            if not isinstance(named, dict):
+                raise CheckpointError(f"{self.path / INDEX} has no weight_map from tensors to files: it is damaged")
+            for file in named.values():
                 if not isinstance(file, str) or "/" in file or not file.endswith(".safetensors"):
                     raise CheckpointError(
                         f"{self.path / INDEX} names {file!r}, which is no safetensors file of this folder"
                     )
-            return files
+            return sorted(set(named.values()))
         if (self.path / SINGLE).exists():
             return [SINGLE]
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in self.path.glob(pattern))
@@ -139,11 +147,16 @@ class Folder:
         raise CheckpointError(f"{self.path} has neither {INDEX} nor {SINGLE}: give the folder of a Hugging Face model")
 
     def _add(self, file: str) -> None:
-        where, size = str(self.path / file), self._storage.size(file)
-        if size is None:
-            raise CheckpointError(f"{where} is missing: the index names it")
-        length = header_length(bytes(self._storage.read(file, 0, 8)), size, where)
-        entries, _ = decode_header(bytes(self._storage.read(file, 8, 8 + length)), size - 8 - length, where)
+        where = str(self.path / file)
+        try:
+            size = self._storage.size(file)
+            if size is None:
+                raise CheckpointError(f"{where} is missing: the index names it")
+            length = header_length(bytes(self._storage.read(file, 0, 8)), size, where)
+            header = bytes(self._storage.read(file, 8, 8 + length))
+        except (OSError, ValueError) as error:  # a folder; a name that no file can have
+            raise CheckpointError(f"{where!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        entries, _ = decode_header(header, size - 8 - length, where)
         for name, entry in entries.items():
             if name in self._tensors:
                 raise CheckpointError(f"{where} holds {name}, and so does {self._tensors[name][0]}")

@@ -61,6 +61,11 @@ def convert_in(theirs: Folder, out: Path, check: bool) -> Report:
     seq_len = read.get("max_position_embeddings", read.get("n_positions", 2048))
     read.finish(kind)
     choice = model_choice(section, str(theirs.home / CONFIG))
+    if choice.n_layers > len(theirs.names):  # so many rows could fill the memory
+        raise CheckpointError(
+            f"{theirs.home / CONFIG} speaks of {choice.n_layers} layers, and {theirs.path} holds {len(theirs.names)} "
+            "tensors: one of them is not of this model"
+        )
     rows = rows_of(family, choice)
     theirs.rename(family.prefix, family.untied)
     _refuse_other_tensors(theirs, family, choice, rows)
@@ -303,15 +308,23 @@ def proven(
     if not check:
         report = Report(kind, source, target, 0, None, None, TOLERANCE, not_checked="asked not to")
     else:
-        report = compare(commit, theirs, kind, source, target, cast)
+        try:
+            report = compare(commit, theirs, kind, source, target, cast)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; what was made is in {_out_of_the_way(out)}, unproven") from error
     write_json(out / REPORT, asdict(report) | {"passed": report.passed})
     if check and not report.passed:
-        failed = out.with_name(f"{out.name}.failed")
-        shutil.rmtree(failed, ignore_errors=True)
-        out.rename(failed)
         raise FailedCheckpointError(
             f"the logits of {source} and of what was made of it differ by {report.largest_difference:.3g} (the largest "
-            f"is {report.largest_logit:.3g}, {TOLERANCE:g} of it is allowed): see {failed}, and do not use it"
+            f"is {report.largest_logit:.3g}, {TOLERANCE:g} of it is allowed): see {_out_of_the_way(out)}, and do not "
+            "use it"
         )
     log("%s: logits differ by %s at most", target, report.largest_difference)
     return report
+
+
+def _out_of_the_way(out: Path) -> Path:
+    failed = out.with_name(f"{out.name}.failed")
+    shutil.rmtree(failed, ignore_errors=True)
+    out.rename(failed)
+    return failed

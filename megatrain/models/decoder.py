@@ -75,8 +75,9 @@ class Decoder:
     feed_forward: Annotated[Any, FEED_FORWARD] = field(default_factory=SwiGLU)
 
     def problems(self) -> list[str]:
-        sizes = {"d_model": self.d_model, "n_layers": self.n_layers, "n_heads": self.n_heads, "d_ff": self.d_ff}
-        found = [f"{name}={value}: it must be at least 1" for name, value in sizes.items() if value < 1]
+        names = ("d_model", "n_layers", "n_heads", "d_ff", "head_dim", "vocab_size")
+        sizes = {name: size for name in names if (size := getattr(self, name)) is not None}
+        found = [f"{name}={size}: it must be at least 1" for name, size in sizes.items() if size < 1]
         if found:
             return found
         if self.head_dim is None and self.d_model % self.n_heads:

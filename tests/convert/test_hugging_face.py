@@ -258,6 +258,58 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
         Folder(tmp_path / "theirs")
 
 
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ([], "has no weight_map"),
+        ({"weight_map": None}, "has no weight_map"),
+        ({"weight_map": []}, "has no weight_map"),
+        ({"weight_map": {"a": ["x"]}}, r"names \['x'\], which is no safetensors file"),
+        ({"weight_map": {"a": 1, "b": "model.safetensors"}}, "names 1, which"),
+        ({"weight_map": {"a": "a\0.safetensors"}}, "cannot be read: embedded null byte"),
+        ({"weight_map": {"a": "a" * 300 + ".safetensors"}}, "cannot be read: File name too long"),
+        ({"weight_map": {"a": "\ud800.safetensors"}}, "cannot be read: .*surrogates"),
+        ({"weight_map": {"a": "folder.safetensors"}}, "cannot be read: Is a directory"),
+    ],
+)
+def test_an_index_that_is_none_is_refused(index, words, tmp_path):
+    make(tmp_path / "theirs", "llama", SMALL)
+    (tmp_path / "theirs" / "folder.safetensors").mkdir()
+    (tmp_path / "theirs" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=words):
+        Folder(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("dtype", [["F32"], {}, None, 1])
+def test_a_header_whose_dtype_is_no_text_is_damaged(dtype, tmp_path):
+    make(tmp_path / "theirs", "llama", SMALL)
+    header = json.dumps({"a": {"dtype": dtype, "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "theirs" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(FailedCheckpointError, match="unknown dtype"):
+        Folder(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_hidden_layers": 10**9}, "speaks of 1000000000 layers, and .* holds .* tensors"),
+        ({"vocab_size": -1}, "vocab_size=-1: it must be at least 1"),
+        (
+            {"vocab_size": float(SMALL["vocab_size"])},
+            r"transformers does not take .*what was made is in .*ours\.failed",
+        ),
+    ],
+    ids=str,
+)
+def test_a_config_that_cannot_be_is_refused(change, words, tmp_path):
+    make(tmp_path / "theirs", "llama", SMALL)
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises((CheckpointError, ConfigError), match=words):
+        from_hugging_face(tmp_path / "theirs", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
 def test_a_model_of_no_family_is_refused_with_each_ones_reasons(tmp_path):
     make(tmp_path / "theirs", "llama", SMALL)
     from_hugging_face(tmp_path / "theirs", tmp_path / "ours", check=False)
