@@ -57,8 +57,15 @@ def convert_in(theirs: Folder, out: Path, check: bool) -> Report:
         raise CheckpointError(f"{theirs.path} is a {kind!r} model: {did_you_mean(kind, FAMILY.kinds())}")
     family = FAMILY[kind]()
     read = Theirs(theirs.config)
-    section = family.model(read)
+    try:
+        section = family.model(read)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise CheckpointError(
+            f"{theirs.home / CONFIG} has a value that no {kind} model has ({type(error).__name__}: {error})"
+        ) from error
     seq_len = read.get("max_position_embeddings", read.get("n_positions", 2048))
+    if type(seq_len) is not int or seq_len < 1:
+        raise CheckpointError(f"{theirs.home / CONFIG} is for rows of {seq_len!r} tokens: it must be 1 or more")
     read.finish(kind)
     choice = model_choice(section, str(theirs.home / CONFIG))
     if choice.n_layers > len(theirs.names):  # so many rows could fill the memory
@@ -140,6 +147,8 @@ def _tokenizer_entry(side: dict[str, bytes], theirs: Folder) -> dict[str, Any] |
     end: Any = theirs.config.get("eos_token_id")
     if isinstance(end, list):
         end = end[0] if end else None
+    if end is not None and (type(end) is not int or end < 0):
+        raise CheckpointError(f"{theirs.home / CONFIG}: eos_token_id is {end!r}: it must be a whole number from 0 on")
     tokenizer = Tokenizer.parse(side[TOKENIZER], str(theirs.path / TOKENIZER), end)
     return {"fingerprint": digest_of(side[TOKENIZER]), "end_of_document": tokenizer.end_of_document}
 

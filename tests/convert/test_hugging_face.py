@@ -293,6 +293,10 @@ def test_a_header_whose_dtype_is_no_text_is_damaged(dtype, tmp_path):
     ("change", "words"),
     [
         ({"num_hidden_layers": 10**9}, "speaks of 1000000000 layers, and .* holds .* tensors"),
+        ({"max_position_embeddings": -1}, "is for rows of -1 tokens"),
+        ({"rope_parameters": "abc"}, "has a value that no llama model has"),
+        ({"rope_parameters": {"rope_type": ["x"]}}, "has a value that no llama model has"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "has a value that no llama model has"),
         ({"vocab_size": -1}, "vocab_size=-1: it must be at least 1"),
         (
             {"vocab_size": float(SMALL["vocab_size"])},
