@@ -165,7 +165,7 @@ def tell_all(cases: list[Case]) -> list[Story]:
 
 
 @cache
-def one(tied: bool, steps: int, optimizer: Any) -> Story:
+def one(tied: bool, steps: int, optimizer: Any = OPTIMIZER) -> Story:
     return tell(dataclasses.replace(ONE, tied=tied, steps=steps, optimizer=optimizer))
 
 
