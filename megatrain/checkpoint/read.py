@@ -1,6 +1,7 @@
 """A committed checkpoint: found, checked against its digests, and read slice by slice into any layout."""
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -307,6 +308,9 @@ def find(place: str | Path, check: bool = True, states: Callable[[str], bool] = 
         FailedCheckpointError: it is damaged.
     """
     text = str(place).rstrip("/")
+    none = CheckpointError(f"{place} holds no checkpoint: name a run's folder or one of its step-... folders")
+    if "://" not in text and not os.path.isdir(text or "/"):
+        raise none
     inside = open_storage(text)
     if any(inside.size(name) is not None for name in (COMMIT, MANIFEST)):
         parent, _, name = text.rpartition("/")
@@ -315,7 +319,7 @@ def find(place: str | Path, check: bool = True, states: Callable[[str], bool] = 
         within = [open_storage(place) for place in (f"{text}/checkpoints", *_told_by_its_run(text))]
         storage = next((s for s in (*within, inside) if candidates(s)), None)
         if storage is None:
-            raise CheckpointError(f"{place} holds no checkpoint: name a run's folder or one of its step-... folders")
+            raise none
         commit = Commit.open(storage, candidates(storage)[0][1])
     if check and (problems := commit.damage(states=states)):
         raise FailedCheckpointError(problems[0])

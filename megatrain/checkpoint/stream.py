@@ -4,6 +4,7 @@ Memory holds one file's tensors at a time, once.
 """
 
 import bisect
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -157,16 +158,18 @@ def average(places: list[str | Path], folder: str | Path, shares: list[float] | 
     Sums are taken in float64 and rounded once. Paper: Wortsman et al. 2022, arXiv:2203.05482 (model soups).
 
     Args:
-        shares: of each checkpoint, adding up to anything but zero; equal by default.
+        shares: of each checkpoint, adding up to a finite number that is not zero; equal by default.
 
     Raises:
-        CheckpointError: they are not of the same model.
+        CheckpointError: they are not of the same model, or the shares are not such.
     """
     commits = [find(place, states=only_weights) for place in places]
     readers = [commit.reader() for commit in commits]
     shares = shares or [1.0] * len(readers)
-    if len(shares) != len(readers) or not sum(shares):
-        raise CheckpointError(f"{len(shares)} shares for {len(readers)} checkpoints: give each one, not adding up to 0")
+    if len(shares) != len(readers):
+        raise CheckpointError(f"{len(shares)} shares for {len(readers)} checkpoints: give each one")
+    if not sum(shares) or not math.isfinite(sum(shares)):
+        raise CheckpointError(f"shares {shares} add up to {sum(shares)}: it must be a finite number that is not 0")
     for place, reader in zip(places, readers, strict=True):
         if reader.shapes() != readers[0].shapes():
             raise CheckpointError(f"{place} and {places[0]} are not of the same model: average checkpoints of one")

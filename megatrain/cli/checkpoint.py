@@ -34,10 +34,14 @@ def inspect(checkpoint: str, only: str | None, norms: bool, as_json: bool) -> No
     megatrain checkpoint inspect runs/tiny --state weights
     megatrain checkpoint inspect runs/tiny --no-norms --json
     """
+    from megatrain.base.errors import CheckpointError, did_you_mean
     from megatrain.checkpoint.compare import summaries
     from megatrain.checkpoint.read import find
 
     commit = find(checkpoint, check=norms)
+    states = sorted({state for state, _ in commit.manifest.tensors})
+    if only is not None and only not in states:
+        raise CheckpointError(f"--state {only}: {did_you_mean(only, states)}")
     rows = [row for row in summaries(commit.reader(), norms) if only in (None, row.state)]
     origin = commit.manifest.facts.get("origin", {})
     if as_json:

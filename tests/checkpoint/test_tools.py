@@ -173,6 +173,31 @@ def test_an_average_of_one_is_the_same_bits(tmp_path):
     assert all(torch.equal(reader.read_full(s.name), full["weights", s.name]) for s in SPECS)
 
 
+@pytest.mark.parametrize(
+    "shares",
+    [[float("nan"), 1.0], [float("inf"), 1.0], [1e308, 1e308], [1.0, -1.0], [1.0]],
+    ids=["nan", "inf", "too large", "to 0", "one too few"],
+)
+def test_shares_that_make_no_mean_are_refused(shares, tmp_path):
+    commit(tmp_path / "a", full_tensors()), commit(tmp_path / "b", full_tensors())
+    with pytest.raises(CheckpointError, match=r"add up to|give each one"):
+        average([tmp_path / "a", tmp_path / "b"], tmp_path / "mean", shares)
+    assert not (tmp_path / "mean").exists()
+
+
+@pytest.mark.parametrize("place", ["a/step-00000001/COMMIT", "a/latest", "x" * 300])
+def test_what_is_no_folder_holds_no_checkpoint(place, tmp_path):
+    commit(tmp_path / "a", full_tensors())
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        find(tmp_path / place)
+
+
+def test_a_state_that_is_not_there_is_refused_with_those_that_are(tmp_path):
+    commit(tmp_path, full_tensors())
+    with pytest.raises(CheckpointError, match=r"--state bogus: .*exp_avg.*weights"):
+        call("inspect", str(tmp_path), "--state", "bogus")
+
+
 def test_checkpoints_of_different_models_are_not_averaged(tmp_path):
     commit(tmp_path / "a", full_tensors())
     commit_of(tmp_path / "b", ranks_of(full_tensors(), 1, 1, False, SPECS[:2]))
