@@ -94,7 +94,9 @@ def test_what_is_drawn_follows_the_distribution(choosing):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from([0.0, 1e-30, 0.1, 0.25, 1.0]), min_size=1, max_size=8), st.floats(0, 1, exclude_max=True))
+@given(
+    st.lists(st.sampled_from([0.0, 1e-30, 0.1, 0.25, 1.0]), min_size=1, max_size=8), st.floats(0, 1, exclude_max=True)
+)
 def test_a_token_of_probability_0_is_never_drawn(weights, uniform):
     assume(sum(weights) > 0)
     probabilities = torch.tensor([weights], dtype=torch.float64) / sum(weights)
