@@ -116,6 +116,9 @@ def decode(text: bytes, where: str) -> Manifest:
         step, facts = value["step"], value["facts"]
         if not _count(step) or not isinstance(facts, dict):
             raise ValueError("step or facts are missing")
+        for fact, kind in (("origin", dict), ("lineage", list)):
+            if not isinstance(facts.get(fact, kind()), kind):
+                raise ValueError(f"its {fact} is {facts[fact]!r}")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise FailedCheckpointError(f"{where} is damaged: {error or 'nested too deep'}") from None
     return Manifest(step, value["state"], facts, files, tensors, digest_of(text))

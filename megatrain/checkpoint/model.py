@@ -48,6 +48,11 @@ def config_of(commit: Commit) -> dict[str, Any]:
     )
 
 
+def trained_here(commit: Commit) -> bool:
+    """Whether a run of ours wrote it, and not a conversion."""
+    return "train" in config_of(commit)
+
+
 def build_model(commit: Commit, *, n_valid: int | None = None, dtype: torch.dtype = torch.float32) -> Any:
     """The model with the checkpoint's weights, for use on one device: no gradients, no dropout.
 

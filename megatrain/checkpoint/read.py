@@ -75,8 +75,13 @@ class Commit:
                     raise FailedCheckpointError(
                         f"{storage.describe(path)} has {size} bytes and was written with {file.bytes}: {_REMEDY}"
                     )
+            if (match := _FOLDER.fullmatch(folder)) and int(match[1] or match[2]) != manifest.step:
+                raise FailedCheckpointError(
+                    f"{storage.describe(folder)} is the checkpoint of step {manifest.step} under another's name: call "
+                    f"it {folder_of(manifest.step)}, or give it a name of no step"
+                )
         except OSError as error:
-            raise FailedCheckpointError(f"{storage.describe(folder)} cannot be read: {error}") from None
+            raise _unreadable(storage.describe(folder), error) from None
         return cls(storage, folder, manifest)
 
     @property
@@ -133,6 +138,11 @@ class Commit:
         for at in range(begin, end, BLOCK_BYTES):
             digest.update(self.storage.read(path, at, min(at + BLOCK_BYTES, end)))
         return digest.hexdigest()
+
+
+def _unreadable(place: str, error: OSError) -> FailedCheckpointError:
+    remedy = "check the address, the network and the credentials" if "://" in place else "make it readable"
+    return FailedCheckpointError(f"{place} cannot be read ({error}): {remedy}")
 
 
 _REMEDY = "restore it, or take the commit before (checkpoint.fallback=true in training; else name its folder)"
@@ -311,19 +321,27 @@ def find(place: str | Path, check: bool = True, states: Callable[[str], bool] = 
     none = CheckpointError(f"{place} holds no checkpoint: name a run's folder or one of its step-... folders")
     if "://" not in text and not os.path.isdir(text or "/"):
         raise none
+    try:
+        commit = _found(text)
+        problems = commit.damage(states=states) if commit and check else []
+    except OSError as error:
+        raise _unreadable(str(place), error) from None
+    if commit is None:
+        raise none
+    if problems:
+        raise FailedCheckpointError(problems[0])
+    return commit
+
+
+def _found(text: str) -> Commit | None:
+    """The checkpoint in a folder that is one, is a run's, or holds a run's checkpoints."""
     inside = open_storage(text)
     if any(inside.size(name) is not None for name in (COMMIT, MANIFEST)):
         parent, _, name = text.rpartition("/")
-        commit = Commit.open(open_storage(parent or ("/" if text.startswith("/") else ".")), name)
-    else:
-        within = [open_storage(place) for place in (f"{text}/checkpoints", *_told_by_its_run(text))]
-        storage = next((s for s in (*within, inside) if candidates(s)), None)
-        if storage is None:
-            raise none
-        commit = Commit.open(storage, candidates(storage)[0][1])
-    if check and (problems := commit.damage(states=states)):
-        raise FailedCheckpointError(problems[0])
-    return commit
+        return Commit.open(open_storage(parent or ("/" if text.startswith("/") else ".")), name)
+    within = [open_storage(place) for place in (f"{text}/checkpoints", *_told_by_its_run(text))]
+    storage = next((s for s in (*within, inside) if candidates(s)), None)
+    return None if storage is None else Commit.open(storage, candidates(storage)[0][1])
 
 
 def _told_by_its_run(folder: str) -> list[str]:

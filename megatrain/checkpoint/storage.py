@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-from megatrain.base.errors import FailedCheckpointError
+from megatrain.base.errors import CheckpointError, FailedCheckpointError
 from megatrain.base.files import fsync_folder
 
 Bytes = bytes | bytearray | memoryview
@@ -154,6 +154,31 @@ class LocalStorage:
 
     def describe(self, path: str = "") -> str:
         return str(self.root / path) if path else str(self.root)
+
+
+def new_place(path: str | Path, what: str = "folder") -> Path:
+    """Where something new is to be written, found free before any work is done for it.
+
+    Raises:
+        CheckpointError: something is there, or nothing of that name can be.
+    """
+    path, given = Path(path), str(path)
+    try:
+        if os.path.lexists(path):
+            raise CheckpointError(f"{given} exists: name a new {what}, or remove it")
+        if what == "file" and given.endswith("/"):
+            raise CheckpointError(f"{given} is the name of a folder: name a new file")
+        longest = os.pathconf("/", "PC_NAME_MAX") - len(".partial-12345678")
+        if not path.name or len(os.fsencode(path.name)) > longest:
+            raise CheckpointError(f"{given!r} is no name for a {what}: give one of 1 to {longest} bytes")
+        above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+        if not above.is_dir():
+            raise CheckpointError(f"{given} cannot be, {above} is no folder: name a new {what} elsewhere")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise CheckpointError(f"{given} cannot be written, {above} may not be written to: make it writable")
+    except OSError as error:  # a path too long
+        raise CheckpointError(f"{given!r} cannot be written ({error}): name a new {what} elsewhere") from None
+    return path
 
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)

@@ -4,6 +4,7 @@ Memory holds one file's tensors at a time, once.
 """
 
 import bisect
+import contextlib
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +19,7 @@ from megatrain.base.files import fsync_folder
 from megatrain.checkpoint.manifest import COMMIT, MANIFEST, decode, digest_of, encode
 from megatrain.checkpoint.origin import origin
 from megatrain.checkpoint.read import Commit, Reader, find, only_weights
-from megatrain.checkpoint.storage import LocalStorage, refusal
+from megatrain.checkpoint.storage import LocalStorage, new_place, refusal
 from megatrain.checkpoint.tensorfile import Entry, encode_header
 from megatrain.checkpoint.write import Piece, assemble, write_files
 from megatrain.parallel.shard import Box
@@ -74,9 +75,7 @@ def write_checkpoint(
     Raises:
         CheckpointError: the folder exists, or there is no room.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise CheckpointError(f"{folder} exists: name a new folder, or remove it")
+    folder = new_place(folder)
     storage, staging = LocalStorage(folder.parent), f".{folder.name}.partial"
     reports: list[Any] = []
     try:
@@ -123,9 +122,7 @@ def consolidate(reader: Reader, path: str | Path) -> int:
 
     One tensor is in memory at a time.
     """
-    path = Path(path)
-    if path.exists():
-        raise CheckpointError(f"{path} exists: name a new file, or remove it")
+    path = new_place(path, "file")
     entries, at = [], 0
     held = [(name, reader.stored(name)) for name in reader.names("weights")]
     for name, stored in sorted(held, key=lambda pair: (-pair[1].dtype.itemsize, pair[0])):
@@ -147,7 +144,8 @@ def consolidate(reader: Reader, path: str | Path) -> int:
         (path.parent / aside).rename(path)
         fsync_folder(path.parent)
     except OSError as error:
-        (path.parent / aside).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (path.parent / aside).unlink(missing_ok=True)
         raise refusal(error, f"writing {path}", storage, len(header) + at) from None
     return len(header) + at
 

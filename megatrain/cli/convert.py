@@ -109,6 +109,8 @@ def to_hf(checkpoint: str, out: str, family: str | None, dtype: str | None, shar
 
     try:
         shard_bytes = n_bytes(shard)
+        if not shard_bytes:
+            raise ValueError("a file must have room for something")
     except ValueError as error:
         raise ConfigError(f"--shard={shard} is wrong: {error}") from None
     _say(to_hugging_face(checkpoint, out, family=family, dtype=dtype, shard_bytes=shard_bytes, check=check))

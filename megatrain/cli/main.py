@@ -74,5 +74,6 @@ def say(message: str) -> None:
     prefix = "megatrain: " if rank == "0" else f"megatrain [rank {rank}]: "
     lines = message.splitlines() or [""]
     if len(lines) > 1:
-        lines = [f"{len(lines)} problems", *(f"  - {line}" for line in lines)]
+        heading = lines.pop(0) if lines[0].endswith(":") else f"{len(lines)} problems"
+        lines = [heading, *(f"  - {line}" for line in lines)]
     sys.stderr.write(prefix + "\n".join(lines) + "\n")  # one write: other ranks speak at the same time

@@ -21,7 +21,7 @@ from megatrain.base.errors import CheckpointError
 from megatrain.base.optional import optional
 from megatrain.checkpoint.model import config_of, model_choice
 from megatrain.checkpoint.read import Reader, find
-from megatrain.checkpoint.storage import LocalStorage, refusal
+from megatrain.checkpoint.storage import LocalStorage, new_place, refusal
 from megatrain.convert.check import Report
 from megatrain.convert.deepspeed_zero import MOMENTS, deepspeed_folder
 from megatrain.convert.families import FAMILY
@@ -66,9 +66,7 @@ def to_deepspeed(
     Raises:
         CheckpointError: the model is of no family, it has no moments, or what was written reads back otherwise.
     """
-    commit, out = find(place), Path(out)
-    if out.exists():
-        raise CheckpointError(f"{out} exists: name a new folder, or remove it")
+    out, commit = new_place(out), find(place)
     config, where = config_of(commit), commit.storage.describe(commit.folder)
     choice = model_choice(config["model"], where)
     kind = family_for(choice, commit, family)

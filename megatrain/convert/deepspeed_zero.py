@@ -79,11 +79,12 @@ class DeepSpeedFolder(Folder):
 
     def _read_all(self) -> "Held":
         models = [load_pickled(path) for path in _by_rank(self.step_folder, "*_model_states.pt")]
-        shards = [
-            load_pickled(path)["optimizer_state_dict"] for path in _by_rank(self.step_folder, "*_optim_states.pt")
-        ]
+        optimisers = [load_pickled(path) for path in _by_rank(self.step_folder, "*_optim_states.pt")]
         first = models[0]
         try:
+            shards = [dict(optimiser["optimizer_state_dict"]) for optimiser in optimisers]
+            if len({"zero_stage" in shard for shard in shards}) > 1:
+                raise KeyError("zero_stage")
             if not shards or "zero_stage" not in shards[0]:
                 held: Held = {(WEIGHTS, name): x for name, x in first["module"].items()}
             else:
@@ -136,7 +137,7 @@ class UniversalFolder(DeepSpeedFolder):
                     if path.exists():
                         held[state, folder.name] = _of_its_shape(load_pickled(path), model, folder.name)
             return with_shared(held, model)
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{self.step_folder} is not laid out as DeepSpeed does it: {error!r}") from None
 
 
@@ -154,6 +155,9 @@ def with_shared(held: Held, model: dict[str, Any]) -> Held:
     """Names without what DeepSpeed puts before them; tied parameters under all of their names."""
     for alias, name in dict(model.get("shared_params") or {}).items():
         held |= {(state, alias): x for (state, of), x in list(held.items()) if of == name}
+    for (state, name), x in held.items():
+        if not isinstance(x, Tensor | Partitioned):
+            raise TypeError(f"the {state} of {name} is a {type(x).__name__} and no tensor")
     bare = {(state, name.removeprefix("module.")): x for (state, name), x in held.items()}
     return bare if all(name.startswith("module.") for _, name in held) else held
 
@@ -208,7 +212,10 @@ def _by_rank(folder: Path, pattern: str) -> list[Path]:
     found = {}
     for path in folder.glob(pattern):
         match = _RANK.search(path.name)
-        tensor_rank = int(match[2]) if match else int(re.findall(r"mp_rank_(\d+)", path.name)[0])
+        plain = re.search(r"mp_rank_(\d+)", path.name)
+        if not match and not plain:
+            raise CheckpointError(f"{path} names no rank: DeepSpeed's files say mp_rank_00")
+        tensor_rank = int(match[2]) if match else int(plain[1])  # type: ignore[index]
         if tensor_rank:
             raise CheckpointError(f"{path} is of a model cut over tensor-parallel ranks: convert one that is not")
         found[int(match[1]) if match else 0] = path

@@ -15,19 +15,19 @@ from megatrain.base.files import write_json
 from megatrain.base.log import log, warn
 from megatrain.checkpoint.compare import differences
 from megatrain.checkpoint.manifest import digest_of
-from megatrain.checkpoint.model import config_of, model_choice, shapes_of
+from megatrain.checkpoint.model import config_of, model_choice, shapes_of, trained_here
 from megatrain.checkpoint.read import Commit, Reader, find, only_weights
-from megatrain.checkpoint.storage import LocalStorage, refusal
+from megatrain.checkpoint.storage import LocalStorage, new_place, refusal
 from megatrain.checkpoint.stream import FILE_BYTES, Named, bytes_of, write_checkpoint
 from megatrain.checkpoint.tensorfile import Entry, encode_header
 from megatrain.checkpoint.tokenizer import tokenizer_of
 from megatrain.convert.check import TOLERANCE, OtherSide, Report, compare
 from megatrain.convert.families import FAMILY
 from megatrain.convert.folder import CONFIG, INDEX, SIDE_FILES, SINGLE, WEIGHTS, Folder
-from megatrain.convert.mapping import family_for, rows_of, sizes_of
+from megatrain.convert.mapping import converted_from, family_for, rows_of, sizes_of
 from megatrain.convert.table import Row, Theirs
 from megatrain.data.manifest import TOKENIZER
-from megatrain.data.tokenizer import Tokenizer
+from megatrain.data.tokenizer import Tokenizer, with_in_front
 
 REPORT = "conversion.json"
 SHARD_BYTES = 4 * 2**30
@@ -52,6 +52,7 @@ def from_hugging_face(folder: str | Path, out: str | Path, *, check: bool = True
 
 def convert_in(theirs: Folder, out: Path, check: bool) -> Report:
     """What all ways in have in common, once their names and config can be read."""
+    out = new_place(out)
     kind = theirs.config["model_type"]
     if kind not in FAMILY:
         raise CheckpointError(f"{theirs.path} is a {kind!r} model: {did_you_mean(kind, FAMILY.kinds())}")
@@ -85,7 +86,7 @@ def convert_in(theirs: Folder, out: Path, check: bool) -> Report:
         facts={
             "config": {"model": section, "data": {"seq_len": seq_len, "sources": []}},
             "tokenizer": _tokenizer_entry(side, theirs),
-            "lineage": [{"step": 0, "converted": str(theirs.path), "family": kind}],
+            "lineage": [{"step": 0, "converted": str(theirs.path), "family": kind, "config": read.kept()}],
         },
         file_bytes=min(theirs.largest_file or FILE_BYTES, FILE_BYTES),
         beside=side,
@@ -189,12 +190,10 @@ def to_hugging_face(
     Raises:
         CheckpointError: it can be of no family, or the logits differ (what was made is then in `out`.failed).
     """
-    commit, out = find(place, states=only_weights), Path(out)
+    out, commit = new_place(out), find(place, states=only_weights)
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype}: {did_you_mean(dtype, DTYPES)}")
     cast = None if dtype is None else DTYPES[dtype]
-    if out.exists():
-        raise CheckpointError(f"{out} exists: name a new folder, or remove it")
     config = config_of(commit)
     choice = model_choice(config["model"], commit.storage.describe(commit.folder))
     kind = family_for(choice, commit, family)
@@ -279,20 +278,26 @@ def write_side_files(
         "eos_token_id": end,
         "pad_token_id": None,
     }
-    write_json(folder / CONFIG, config | family.config(choice))
+    origin = converted_from(commit)
+    kept = origin.get("config") if origin.get("family") == family.kind else None
+    write_json(folder / CONFIG, config | family.config(choice) | (kept if isinstance(kept, dict) else {}))
     if end is not None and not (folder / "generation_config.json").exists():
         write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end})
 
 
 def _write_tokenizer(folder: Path, commit: Commit) -> int | None:
-    """The checkpoint's tokenizer, if it can be found; returns the id that ends a document."""
+    """The checkpoint's tokenizer, if it can be found; returns the id that ends a document.
+
+    A model that was trained here has read each document behind that token, so the file says to put it in front.
+    """
     try:
         tokenizer, content = tokenizer_of(commit)
     except DataError as error:
         warn("the model is written without a tokenizer: %s", error)
         return None
-    if not (folder / TOKENIZER).exists():
-        (folder / TOKENIZER).write_bytes(content)
+    if trained_here(commit):
+        content = with_in_front(content, tokenizer.end_of_document)
+    (folder / TOKENIZER).write_bytes(content)
     if not (folder / "tokenizer_config.json").exists():
         name = tokenizer.backend.id_to_token(tokenizer.end_of_document)
         words = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name, "bos_token": name}

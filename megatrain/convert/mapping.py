@@ -23,6 +23,12 @@ def rows_of(family: Any, choice: Any) -> list[Row]:
     return [*expanded(family.rows(choice), {"i": choice.n_layers}), *head]
 
 
+def converted_from(commit: Commit) -> dict[str, Any]:
+    """The entry of its lineage that says which family the model of `commit` came from; empty if it began here."""
+    lineage = commit.manifest.facts.get("lineage", [])
+    return next((line for line in lineage if isinstance(line, dict) and "family" in line), {})
+
+
 def family_for(choice: Any, commit: Commit, wanted: str | None) -> str:
     """The family that the model of `commit` is written as: the one asked for, else the one that it was converted from,
     else the first that it can be.
@@ -34,13 +40,11 @@ def family_for(choice: Any, commit: Commit, wanted: str | None) -> str:
     known = sorted(FAMILY.kinds(), key=lambda kind: (PREFERRED.index(kind) if kind in PREFERRED else 99, kind))
     if wanted is not None and wanted not in known:
         raise ConfigError(f"family={wanted}: {did_you_mean(wanted, known)}")
-    lineage = commit.manifest.facts.get("lineage") or []
-    origin = next((line["family"] for line in lineage if isinstance(line, dict) and "family" in line), None)
+    origin = converted_from(commit).get("family")
     tried = [wanted] if wanted else ([origin] if origin in known else []) + known
     reasons = {kind: FAMILY[kind]().unsupported_reasons(choice) for kind in tried}
     for kind, found in reasons.items():
         if not found:
             return kind
-    raise CheckpointError(
-        "\n".join(["this model is of no family here:", *(f"{k}: {'; '.join(r)}" for k, r in reasons.items())])
-    )
+    refused = f"this model cannot be written as {wanted}" if wanted else "this model is of no family here"
+    raise CheckpointError("\n".join([f"{refused}:", *(f"{k}: {'; '.join(r)}" for k, r in reasons.items())]))

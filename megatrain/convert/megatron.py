@@ -10,6 +10,7 @@ from torch import Tensor
 from megatrain.base.errors import CheckpointError
 from megatrain.checkpoint.manifest import digest_of
 from megatrain.checkpoint.model import model_choice, shapes_of
+from megatrain.checkpoint.storage import new_place
 from megatrain.checkpoint.stream import write_checkpoint
 from megatrain.convert.check import Report
 from megatrain.convert.hugging_face import ours, proven
@@ -74,6 +75,7 @@ def from_megatron(
         CheckpointError: it cannot be ours, a tensor is missing or left over, a file asks for code to be called (which
             is never done), or the logits differ (what was made is then in `out`.failed).
     """
+    out = new_place(out)
     files = open_megatron(folder)
     section, seq_len = section_of(files)
     choice = model_choice(section, str(files.path))
@@ -101,7 +103,7 @@ def from_megatron(
         },
         beside=beside,
     )
-    return proven(Path(out), check, written, theirs, "megatron", str(files.path), str(out), None)
+    return proven(out, check, written, theirs, "megatron", str(files.path), str(out), None)
 
 
 class Theirs:

@@ -21,6 +21,11 @@ NO_EFFECT = frozenset({
 })  # fmt: skip
 """Keys of Hugging Face configs that change nothing of a decoder's logits."""
 
+WRITTEN_ANEW = frozenset({
+    "_name_or_path", "architectures", "auto_map", "dtype", "model_type", "n_ctx", "torch_dtype", "transformers_version",
+})  # fmt: skip
+"""Those of them that are said anew of each model that is written; the way back gives the others again."""
+
 
 ROPE = {
     "default": ("rotary", {}),
@@ -217,6 +222,10 @@ class Theirs:
         }:
             self.problems.append(f"rotary positions of kind {kind} have {unknown}, which ours have not")
         return section
+
+    def kept(self) -> dict[str, Any]:
+        """What the way back to this family writes again as it was: ids of special tokens, rates of dropout, ..."""
+        return {key: value for key, value in self.values.items() if key in NO_EFFECT - WRITTEN_ANEW}
 
     def finish(self, family: str) -> None:
         """

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from megatrain.base.errors import DataError, did_you_mean
 
@@ -73,6 +73,14 @@ class Tokenizer:
         """One more than the largest id; ids may have gaps."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
+    @cached_property
+    def put_in_front(self) -> list[int]:
+        """What the tokenizer's own file puts before a text where special tokens are asked for; often nothing."""
+        bare = self.encode("a")
+        full = self.backend.encode("a", add_special_tokens=True).ids
+        starts = range(len(full) - len(bare) + 1)
+        return full[: next((i for i in starts if full[i : i + len(bare)] == bare), 0)]
+
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without any special token."""
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -95,10 +103,29 @@ class Tokenizer:
         return text if text and "\ufffd" not in text else (self.backend.id_to_token(i) or f"<{i}>")
 
 
+def with_in_front(content: bytes, token: int) -> bytes:
+    """A tokenizer's file that puts the special `token`, alone, before each text; the same bytes if it does so already.
+
+    So other programs read a text as our models have read documents: behind the token that ended the one before.
+    """
+    backend: Any = tokenizers.Tokenizer.from_str(content.decode())
+    if Tokenizer("", token, backend).put_in_front == [token]:
+        return content
+    backend.post_processor = _in_front(backend.id_to_token(token), token)
+    return backend.to_str(pretty=True).encode() + b"\n"
+
+
+def _in_front(name: str, token: int) -> Any:
+    return processors.TemplateProcessing(single=[name, "$A"], pair=[name, "$A", "$B:1"], special_tokens=[(name, token)])
+
+
 def _end_of_document(backend: tokenizers.Tokenizer, origin: str, wanted: str | int | None) -> int:
     if isinstance(wanted, int):
         if backend.id_to_token(wanted) is None:
-            raise DataError(f"{origin} has no id {wanted} to end documents with: give the tokenizer of this data set")
+            raise DataError(
+                f"{origin} has no token of id {wanted}, which is to end documents: take the tokenizer that belongs to "
+                "what names this id (a data set, a checkpoint, or eos_token_id in a config.json), or correct it there"
+            )
         return wanted
     for token in (wanted,) if wanted else _KNOWN_ENDS:
         found = backend.token_to_id(token)
@@ -129,7 +156,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             f"vocab_size={vocab_size} is too small: a byte-level tokenizer has 256 bytes and the end of a document, "
             f"so take at least {SMALLEST_VOCABULARY}"
         )
-    backend = tokenizers.Tokenizer(models.BPE())
+    backend: Any = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -139,4 +166,5 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
         show_progress=False,
     )
     backend.train_from_iterator(iter(texts), trainer)
+    backend.post_processor = _in_front(END_OF_DOCUMENT, backend.token_to_id(END_OF_DOCUMENT))
     return backend.to_str(pretty=True).encode() + b"\n"

@@ -135,10 +135,11 @@ def encode_prompt(loaded: Loaded, prompt: str) -> list[int]:
     """A prompt's tokens, as the beginning of a document.
 
     Runs read each document behind an end-of-document token, so that is what a prompt begins with. A converted model,
-    which was trained elsewhere, is given the prompt alone (and an end-of-document token where there is no prompt).
+    which was trained elsewhere, is given what its tokenizer's own file puts in front (often nothing; where there is no
+    prompt either, an end-of-document token).
     """
     end = loaded.tokenizer.end_of_document
-    begin = [end] if "train" in loaded.config else []
+    begin = [end] if "train" in loaded.config else loaded.tokenizer.put_in_front
     return [*begin, *loaded.tokenizer.encode(prompt)] or [end]
 
 

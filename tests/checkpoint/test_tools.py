@@ -9,10 +9,14 @@ from safetensors.torch import load_file
 
 from megatrain.base.errors import CheckpointError, FailedCheckpointError
 from megatrain.checkpoint.compare import diff, summaries
+from megatrain.checkpoint.manifest import COMMIT, MANIFEST, digest_of
 from megatrain.checkpoint.read import find, only_weights
+from megatrain.checkpoint.storage import new_place
 from megatrain.checkpoint.stream import average, consolidate, write_checkpoint
 from megatrain.cli.checkpoint import command
 from megatrain.cli.main import main
+from megatrain.convert.deepspeed import to_deepspeed
+from megatrain.convert.hugging_face import to_hugging_face
 from tests.checkpoint.toy import SPECS, STATES, commit_of, full_tensors, ranks_of
 
 FACTS = {"config": {"seed": 0, "model": {"d_model": 4}}, "tokenizer": "abc", "lineage": [{"step": 0}]}
@@ -229,3 +233,63 @@ def test_a_streamed_checkpoint_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="the cause"):
         write_checkpoint(tmp_path / "out", tensors(), step=0, state=None, facts={})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", ["exists", "too long", "under a file", "no name", "folder for a file"])
+@pytest.mark.parametrize("command", ["average", "consolidate", "to-hf", "to-deepspeed"])
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(how, command, tmp_path):
+    commit(tmp_path / "run", full_tensors())
+    (tmp_path / "file").write_text("mine")
+    out = {
+        "exists": tmp_path / "file",
+        "too long": tmp_path / ("x" * 300),
+        "under a file": tmp_path / "file" / "out",
+        "no name": "",
+        "folder for a file": f"{tmp_path}/new/",
+    }[how]
+    write = {
+        "average": lambda: average([tmp_path / "run"], out),
+        "consolidate": lambda: consolidate(find(tmp_path / "run").reader(), out),
+        "to-hf": lambda: to_hugging_face(tmp_path / "run", out),
+        "to-deepspeed": lambda: to_deepspeed(tmp_path / "run", out),
+    }[command]
+    if how == "folder for a file" and command != "consolidate":
+        return
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CheckpointError, match=r"name a new|give one of") as refused:
+        write()
+    assert len(str(refused.value).splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_may_not_be_written_to_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(CheckpointError, match=f"{tmp_path} may not be written to: make it writable"):
+        new_place(tmp_path / "a" / "b")
+
+
+def test_a_checkpoint_under_another_steps_name_is_refused(tmp_path):
+    commit(tmp_path, full_tensors(), step=7)
+    (tmp_path / "step-00000007").rename(tmp_path / "step-00000008")
+    with pytest.raises(FailedCheckpointError, match=r"is the checkpoint of step 7 .* call it step-00000007"):
+        find(tmp_path)
+
+
+@pytest.mark.parametrize("fact", [{"origin": "x"}, {"lineage": 5}])
+def test_facts_of_another_kind_are_refused_although_their_digest_is_right(fact, tmp_path):
+    found = commit(tmp_path, full_tensors())
+    folder = tmp_path / found.folder
+    value = json.loads((folder / MANIFEST).read_text())
+    value["facts"] |= fact
+    (folder / MANIFEST).write_text(json.dumps(value))
+    (folder / COMMIT).write_text(digest_of((folder / MANIFEST).read_bytes()) + "\n")
+    with pytest.raises(FailedCheckpointError, match=f"its {next(iter(fact))} is"):
+        find(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["http://127.0.0.1:9/a", "nosuch://a/b"])
+def test_a_store_that_does_not_answer_is_a_sentence(place):
+    with pytest.raises(CheckpointError, match=r"check the address|cannot be opened") as refused:
+        find(place)
+    assert len(str(refused.value).splitlines()) == 1

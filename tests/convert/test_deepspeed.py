@@ -13,6 +13,7 @@ import transformers
 
 from megatrain.base.errors import CheckpointError
 from megatrain.checkpoint.read import find
+from megatrain.checkpoint.stream import write_checkpoint
 from megatrain.convert.deepspeed import from_deepspeed, to_deepspeed
 from megatrain.convert.deepspeed_zero import DeepSpeedFolder
 from megatrain.convert.hugging_face import from_hugging_face
@@ -148,6 +149,38 @@ def make_universal(source: str, out: str) -> None:
             keep_temp_folder=False, strict=True, inject_missing_state=True,
         )
     )  # fmt: skip
+
+
+ODD = [
+    None, 5, "text", [], {}, {"module": 3}, {"module": {"a": 3}}, {"module": {"a": None}, "param_shapes": 4},
+    {"optimizer_state_dict": 3}, {"optimizer_state_dict": []}, {"optimizer_state_dict": {"zero_stage": "x"}},
+    {"optimizer_state_dict": {"zero_stage": 2}}, {"optimizer_state_dict": {"zero_stage": 2, "partition_count": None}},
+    {"optimizer_state_dict": {"zero_stage": 3, "partition_count": 2, "fp32_flat_groups": ["a"]}},
+    {"param": "x"}, {"param": torch.ones(3)}, torch.ones(3), torch.ones(3, dtype=torch.int8),
+]  # fmt: skip
+"""Sound pickles that hold something else than belongs there."""
+
+
+@pytest.mark.parametrize("ranks", [None, 2], ids=["universal", "zero"])
+def test_a_file_that_holds_another_object_is_refused_in_words(ranks, tmp_path):
+    make(tmp_path / "theirs", "llama", SMALL | {"num_hidden_layers": 1})
+    from_hugging_face(tmp_path / "theirs", tmp_path / "ours", check=False)
+    commit = find(tmp_path / "ours")
+    held = [("weights", name, commit.reader().read_full(name)) for name in commit.reader().names()]
+    held += [(state, name, x) for state in ("exp_avg", "exp_avg_sq") for _, name, x in held]
+    write_checkpoint(tmp_path / "trained", held, step=1, state=None, facts=commit.manifest.facts)
+    to_deepspeed(tmp_path / "trained", tmp_path / "out", ranks=ranks, check=False)
+    files = sorted((tmp_path / "out").glob("*/zero/model.norm.weight/*.pt" if ranks is None else "*/*_states.pt"))
+    files = [path for path in files if path.name != "step.pt"]  # which is not read
+    assert len(files) == 3
+    for path in files:
+        sound = path.read_bytes()
+        for n, odd in enumerate(ODD):
+            torch.save(odd, path)
+            with pytest.raises(CheckpointError):
+                from_deepspeed(tmp_path / "out", tmp_path / "theirs", tmp_path / f"{path.stem}-{n}", check=False)
+        path.write_bytes(sound)
+    from_deepspeed(tmp_path / "out", tmp_path / "theirs", tmp_path / "again", check=False)
 
 
 def test_a_checkpoint_without_moments_is_not_written_for_deepspeed(tmp_path):

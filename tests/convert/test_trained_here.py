@@ -11,8 +11,10 @@ from megatrain.checkpoint.model import build_model, model_choice
 from megatrain.checkpoint.read import find
 from megatrain.checkpoint.stream import write_checkpoint
 from megatrain.cli.convert import command
-from megatrain.convert.hugging_face import to_hugging_face
-from megatrain.data.tokenizer import Tokenizer, train_tokenizer
+from megatrain.convert.hugging_face import from_hugging_face, to_hugging_face
+from megatrain.data.tokenizer import Tokenizer, train_tokenizer, with_in_front
+from megatrain.generate.load import load
+from megatrain.generate.sample import encode_prompt
 from megatrain.nn.where import KeyValueCache
 from megatrain.parallel.shard import initialise
 
@@ -107,3 +109,56 @@ def test_the_way_back_keeps_the_tokenizer_and_its_end_of_document(content, token
     facts = find(tmp_path / "again").manifest.facts
     assert facts["tokenizer"] == {"fingerprint": tokenizer.fingerprint, "end_of_document": tokenizer.end_of_document}
     assert (tmp_path / "again" / "tokenizer.json").read_bytes() == content
+
+
+def trained(folder, content: bytes):
+    """A checkpoint as `megatrain train` leaves it: its config has a `train` section."""
+    commit = checkpoint(folder, content)
+    facts = commit.manifest.facts
+    facts["config"]["train"] = {}
+    held = (("weights", name, commit.reader().read_full(name)) for name in commit.reader().names())
+    return write_checkpoint(folder / "checkpoints" / "step-00000008", held, step=8, state=None, facts=facts)
+
+
+def without_template(content: bytes) -> bytes:
+    return json.dumps(json.loads(content) | {"post_processor": None}).encode()
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["our_tokenizer", "another_one"])
+def test_transformers_reads_a_text_behind_an_end_of_document_as_generate_does(ours, content, tmp_path):
+    content = content if ours else without_template(content)
+    trained(tmp_path / "run", content)
+    wanted = encode_prompt(load(tmp_path / "run"), "the lazy fox")
+    to_hugging_face(tmp_path / "run", tmp_path / "hf")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")("the lazy fox")["input_ids"] == wanted
+    from_hugging_face(tmp_path / "hf", tmp_path / "again")
+    assert encode_prompt(load(tmp_path / "again"), "the lazy fox") == wanted
+    assert wanted[0] == Tokenizer.parse(content, "here").end_of_document
+    assert ((tmp_path / "hf" / "tokenizer.json").read_bytes() == content) is ours
+
+
+def test_a_tokenizer_that_puts_something_else_in_front_is_believed_where_the_model_was_not_trained_here(
+    content, tmp_path
+):
+    held = Tokenizer.parse(content, "here")
+    bos = held.encode("f")[0]
+    checkpoint(tmp_path / "run", with_in_front(content, bos))
+    assert encode_prompt(load(tmp_path / "run"), "x") == [bos, *held.encode("x")]
+    trained(tmp_path / "trained", with_in_front(content, bos))
+    assert encode_prompt(load(tmp_path / "trained"), "x") == [held.end_of_document, *held.encode("x")]
+    to_hugging_face(tmp_path / "trained", tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")("x")["input_ids"]
+    assert theirs == [held.end_of_document, *held.encode("x")]
+
+
+def test_ids_and_rates_of_a_foreign_config_come_back_as_they_were(content, tmp_path):
+    checkpoint(tmp_path / "run", content)
+    to_hugging_face(tmp_path / "run", tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    said = {
+        "bos_token_id": 3, "eos_token_id": [0, 5], "pad_token_id": 7, "initializer_range": 0.01, "use_cache": False,
+    }  # fmt: skip
+    path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    from_hugging_face(tmp_path / "hf", tmp_path / "ours")
+    to_hugging_face(tmp_path / "ours", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads(path.read_text())

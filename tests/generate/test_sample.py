@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatrain.base.errors import ConfigError, RunError
+from megatrain.data.tokenizer import Tokenizer, with_in_front
 from megatrain.generate import sample
 from megatrain.generate.choose import Choosing
 from megatrain.generate.sample import Continuation, begin, encode_prompt, generate, proceed
@@ -18,7 +19,7 @@ from megatrain.nn.norm.layer_norm import LayerNorm
 from megatrain.nn.position.learned import Learned
 from megatrain.nn.position.none import NoPosition
 from megatrain.nn.where import KeyValueCache, Where
-from tests.generate.toy import SEQ_LEN, SHAPE, loaded, tokenizer
+from tests.generate.toy import SEQ_LEN, SHAPE, loaded, tokenizer, tokenizer_bytes
 
 PROMPTS = ["def main(argv):", "", "日本", "z", "def main(argv):", "Zwölf Boxkämpfer jagen"]
 
@@ -264,3 +265,5 @@ def test_a_prompt_begins_a_document_as_the_rows_of_a_run_do():
     converted = dataclasses.replace(ours, config={})
     assert encode_prompt(converted, "def ") == ours.tokenizer.encode("def ")
     assert encode_prompt(converted, "") == [end]
+    said = Tokenizer.parse(with_in_front(tokenizer_bytes(), end), "here")
+    assert encode_prompt(dataclasses.replace(converted, tokenizer=said), "def ") == [end, *said.encode("def ")]
