@@ -78,8 +78,7 @@ def rows(*documents: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 
 def where(*documents: tuple[int, ...]) -> Where:
-    packed = any(len(lengths) > 1 for lengths in documents)
-    return Where(*rows(*documents), packed=packed)
+    return Where(*rows(*documents), most_documents=max(map(len, documents)))
 
 
 def batch(*documents: tuple[int, ...], vocab_size: int, seed: int = 0, step: int = 0) -> Batch:
@@ -94,6 +93,6 @@ def batch(*documents: tuple[int, ...], vocab_size: int, seed: int = 0, step: int
         weights=weights,
         positions=positions,
         documents=numbers,
-        packed=any(len(lengths) > 1 for lengths in documents),
+        most_documents=max(map(len, documents)),
         step=step,
     )

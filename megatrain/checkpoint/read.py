@@ -151,7 +151,10 @@ _REMEDY = "restore it, or take the commit before (checkpoint.fallback=true in tr
 def _committed_manifest(storage: Storage, folder: str) -> Manifest:
     path, marker = f"{folder}/{MANIFEST}", f"{folder}/{COMMIT}"
     if storage.size(marker) is None:
-        raise FailedCheckpointError(f"{storage.describe(folder)} has no {COMMIT}: it was never written to its end")
+        raise FailedCheckpointError(
+            f"{storage.describe(folder)} has no {COMMIT}: it was never written to its end, or is no checkpoint "
+            "(`megatrain data verify` checks a data set)"
+        )
     committed = bytes(storage.read(marker, 0, 128))
     if not re.fullmatch(rb"[0-9a-f]{64}\n", committed):
         raise FailedCheckpointError(f"{storage.describe(marker)} is damaged: it holds no digest; {_REMEDY}")

@@ -102,7 +102,13 @@ class Feed(Iterator[Batch]):
         self._note(ready.skipped)
         tensors = tensors_of(ready.arrays, self.pin_memory, ready.borrowed)
         first_row = self.order.dp_rank * self.order.n_rows
-        batch = Batch(**tensors, packed=ready.packed, cursors=ready.cursors, step=self._delivered, first_row=first_row)
+        batch = Batch(
+            **tensors,
+            most_documents=ready.most_documents,
+            cursors=ready.cursors,
+            step=self._delivered,
+            first_row=first_row,
+        )
         self._delivered += 1
         return batch
 
@@ -148,8 +154,8 @@ def held_out(
     """
     source = HeldOut(data, vocab_size, manifests)
     rows = range(dp_rank * global_batch // dp_size, (dp_rank + 1) * global_batch // dp_size)
-    for arrays, packed in source.batches(global_batch, n_batches, rows):
-        yield Batch(**tensors_of(arrays, pin_memory), packed=packed)
+    for arrays, most_documents in source.batches(global_batch, n_batches, rows):
+        yield Batch(**tensors_of(arrays, pin_memory), most_documents=most_documents)
 
 
 def tensors_of(arrays: Arrays, pin_memory: bool, copy: bool = False) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class HeldOut:
                 weights[source] = 0
                 share, credit = mixture.shares(weights), np.where(np.array(weights) > 0, credit, _NEVER)
 
-    def batches(self, n_rows: int, n_batches: int | None, rows: range) -> Iterator[tuple[Arrays, bool]]:
+    def batches(self, n_rows: int, n_batches: int | None, rows: range) -> Iterator[tuple[Arrays, int]]:
         """Rows `rows` of each batch of `n_rows`, and whether some row holds more than one document."""
         plan = list(self.plan())
         for first in range(0, len(plan), n_rows)[:n_batches]:
@@ -55,9 +55,9 @@ class HeldOut:
             for i, row in enumerate(rows):
                 index = first + row
                 self._fill(mine, i, *plan[index if index < len(plan) else -1], counted=index < len(plan))
-            packed = mine.finish(self.data.mask_documents)
+            most_documents = mine.finish(self.data.mask_documents)
             check_vocabulary(mine, self.vocab_size)
-            yield mine.arrays, packed
+            yield mine.arrays, most_documents
 
     def _fill(self, rows: Rows, row: int, source: int, start: int, counted: bool) -> None:
         at = 0

@@ -21,7 +21,7 @@ class Ready:
     """A batch that was made."""
 
     arrays: Arrays
-    packed: bool
+    most_documents: int
     cursors: dict[str, Any]
     skipped: Sequence[Piece]
     borrowed: bool
@@ -43,8 +43,8 @@ class Here:
 
     def next(self) -> Ready:
         arrays = empty(*self.stream.shape)
-        packed, rows = self.stream.fill(arrays)
-        return Ready(arrays, packed, self.stream.cursors(), rows.skipped, borrowed=False)
+        most_documents, rows = self.stream.fill(arrays)
+        return Ready(arrays, most_documents, self.stream.cursors(), rows.skipped, borrowed=False)
 
 
 class InTurn:
@@ -57,7 +57,7 @@ class InTurn:
     def next(self) -> Ready:
         arrays, filled = self.workers[self._turn % len(self.workers)].next()
         self._turn += 1
-        return Ready(arrays, filled.packed, filled.cursors, filled.skipped, borrowed=True)
+        return Ready(arrays, filled.most_documents, filled.cursors, filled.skipped, borrowed=True)
 
 
 class SideBySide:
@@ -73,11 +73,13 @@ class SideBySide:
         found = [worker.next() for worker in self.workers]
         if len(found) == 1:
             arrays, filled = found[0]
-            return Ready(arrays, filled.packed, filled.cursors, filled.skipped, borrowed=True)
+            return Ready(arrays, filled.most_documents, filled.cursors, filled.skipped, borrowed=True)
         arrays = {name: np.concatenate([part[name] for part, _ in found]) for name in found[0][0]}
         said = [filled for _, filled in found]
         skipped = [piece for filled in said for piece in filled.skipped]
-        return Ready(arrays, any(f.packed for f in said), merged([f.cursors for f in said]), skipped, borrowed=False)
+        return Ready(
+            arrays, max(f.most_documents for f in said), merged([f.cursors for f in said]), skipped, borrowed=False
+        )
 
 
 def makers(stream: Stream, cursors: dict[str, Any] | None) -> Makers:

@@ -88,7 +88,7 @@ class Rows:
 
     rows = Rows(arrays, end_of_document)
     column = rows.put(row, 0, stretch)     # for each stretch of each row
-    packed = rows.finish(mask_documents)
+    most_documents = rows.finish(mask_documents)
     """
 
     def __init__(self, arrays: Arrays, end_of_document: int, skip_damaged: bool = False):
@@ -215,14 +215,14 @@ class Rows:
             self.arrays["weights"].reshape(-1)[into] = weights
         self._entered.pop(element, None)
 
-    def finish(self, mask_documents: bool) -> bool:
+    def finish(self, mask_documents: bool) -> int:
         """Work out the other arrays from the targets and where documents begin.
 
         Args:
             mask_documents: positions restart with each document, and documents are numbered within their row.
 
         Returns:
-            some row holds more than one document.
+            the documents of the row that holds the most; 1 where they are not told apart.
         """
         tokens = self.arrays["tokens"].reshape(-1)
         begins = sorted(self._begins)  # rows may have been filled in any order
@@ -234,12 +234,12 @@ class Rows:
         self.arrays["positions"][:] = _count(self.seq_len)
         self.arrays["documents"].fill(0)
         if not mask_documents or not begins:
-            return False
+            return 1
         if len(begins) > _FEW * self.n:
             self._number_all(np.array(begins))
         else:
             self._number_few(begins)
-        return True
+        return int(self.arrays["documents"][:, -1].max()) + 1
 
     def _number_few(self, begins: list[int]) -> None:
         """Positions and numbers of the documents that begin within rows, row for row from there to the row's end."""

@@ -101,11 +101,11 @@ class Stream:
         else:
             self._draw(None)
 
-    def fill(self, arrays: Arrays) -> tuple[bool, Rows]:
+    def fill(self, arrays: Arrays) -> tuple[int, Rows]:
         """Write this rank's rows of the next batch into `arrays`, whose shape is `shape`.
 
         Returns:
-            whether some row holds more than one document, and what was written where.
+            the documents of the row that holds the most, and what was written where.
 
         Raises:
             DataError: a shard is damaged or holds an id that is not in the vocabulary.
@@ -114,9 +114,9 @@ class Stream:
         batch = self.slots.batches
         self._draw(rows)
         self.rewriter.rewrite(rows, lambda row, column: self._seed(batch, row, column))
-        packed = rows.finish(self.order.data.mask_documents)
+        most_documents = rows.finish(self.order.data.mask_documents)
         check_vocabulary(rows, self.vocab_size)
-        return packed, rows
+        return most_documents, rows
 
     def _seed(self, batch: int, row: int, column: int) -> int:
         """The seed of what is random at a place of this rank's rows: that of its place in the global batch."""

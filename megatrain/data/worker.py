@@ -46,7 +46,7 @@ class Filled:
 
     buffer: int
     seq_len: int
-    packed: bool
+    most_documents: int
     cursors: dict[str, Any]
     skipped: list[Piece]
 
@@ -161,6 +161,6 @@ def _work(task: Task, memory: mmap.mmap, connection: Connection) -> None:
             buffer = free.popleft()
             view = memoryview(memory)[buffer * size : (buffer + 1) * size]
             shape = stream.shape
-            packed, rows = stream.fill(arrays_in(view, *shape))
-            connection.send(Filled(buffer, shape[1], packed, stream.cursors(), rows.skipped))
+            most_documents, rows = stream.fill(arrays_in(view, *shape))
+            connection.send(Filled(buffer, shape[1], most_documents, stream.cursors(), rows.skipped))
         turn += 1

@@ -13,6 +13,7 @@ from megatrain.models.compiled import compiled
 from megatrain.models.stages import Costs, Span
 from megatrain.nn.attention import ATTENTION, AttentionCase
 from megatrain.nn.attention.causal import Causal
+from megatrain.nn.attention.kernel import takes_borders
 from megatrain.nn.attention.layer import SelfAttention, residual_std
 from megatrain.nn.batch import Batch
 from megatrain.nn.context import CONTEXT
@@ -318,10 +319,11 @@ class DecoderModel(nn.Module):
         Args:
             hidden: what the stage before gave; None where there is none.
         """
-        whole = Where(batch.positions, batch.documents, batch.packed)
+        whole = Where(batch.positions, batch.documents, batch.most_documents)
+        whole.by_documents = takes_borders(next(self.parameters()), self.choice.width_of_head)
         # attention sees whole rows, whichever tokens this rank computes
         mask = self.cp.prepare(self.choice.attention, whole)
-        where = Where(batch.own(batch.positions), batch.own(batch.documents), batch.packed, mask)
+        where = Where(batch.own(batch.positions), batch.own(batch.documents), batch.most_documents, mask=mask)
         where.noise = self._noise(batch)
         hidden = self.hidden(batch.own(batch.tokens), where, hidden)
         if not self.span.last:

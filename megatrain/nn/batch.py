@@ -16,7 +16,7 @@ Columns = tuple[tuple[int, int], ...]
 class Batch:
     """Rows of a batch; every tensor is [rows, seq].
 
-    Masks are not data: each attention kind builds its own from `positions` and `documents`.
+    Masks are not data: each attention kind builds its own from `positions` and `documents`, which never fall in a row.
     """
 
     tokens: Tensor
@@ -29,8 +29,8 @@ class Batch:
     """int64: position of each token within its document."""
     documents: Tensor
     """int32: number of each token's document within its row; equal numbers may attend to each other."""
-    packed: bool = True
-    """Some row may hold more than one document. Known on the host, so that masks are skipped without asking a GPU."""
+    most_documents: int | None = None
+    """No row holds more documents; None: it is not known. A number of the host, so that no one has to ask a GPU."""
     step: int = 0
     """Number of the global batch these rows are from; with `first_row` it names each element, for dropout."""
     first_row: int = 0

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatrain.nn.dropout import Noise
@@ -45,6 +46,19 @@ class KeyValueCache:
                 store[layer] = kept[torch.tensor(rows, dtype=torch.int64, device=kept.device)]
 
 
+@dataclass(frozen=True)
+class Borders:
+    """Where documents begin in rows laid end to end, for kernels that go from document to document without a mask.
+
+    The i-th document has the tokens from `starts[i]` up to `starts[i + 1]`; there may be none.
+    """
+
+    starts: Tensor
+    """int32 [n + 1]; the last is the number of all tokens."""
+    longest: int
+    """No document has more tokens."""
+
+
 @dataclass
 class Where:
     """Positions and documents of the tokens, and what attention and position scheme prepared from them.
@@ -54,16 +68,23 @@ class Where:
 
     positions: Tensor
     documents: Tensor
-    packed: bool = False
-    """Some row may hold more than one document."""
+    most_documents: int | None = 1
+    """No row holds more documents; None: it is not known."""
+    by_documents: bool = False
+    """Attention may be given `Borders` instead of a mask: its kernel goes from document to document."""
     mask: Any = None
-    """bool [b, 1, t, s], True where a query sees a key (in a ring, such a mask for each step); None: plain causal
-    attention over the row."""
+    """bool [b, 1, t, s], True where a query sees a key (in a ring, such a mask for each step); or
+    `Borders`; None: plain causal attention over the row."""
     tables: Any = None
     """What the position scheme prepared (for rotary: cosines and sines)."""
     cache: KeyValueCache | None = None
     noise: Noise | None = None
     """What dropout is drawn from; None where nothing is dropped (evaluation, generation)."""
+
+    @property
+    def packed(self) -> bool:
+        """Some row may hold more than one document."""
+        return self.most_documents != 1
 
     def within(self, name: str) -> "Where":
         """What the part of the model called `name` is given: noise of its own."""
@@ -74,6 +95,24 @@ class Where:
         q, k = self.positions[:, :, None], self.positions[:, None, :]
         same = self.documents[:, :, None] == self.documents[:, None, :]
         return (visible(q, k) & same)[:, None]
+
+    def limits(self, visible: Any) -> "Tensor | Borders":
+        """What keeps a query from keys, in the form that the kernel takes."""
+        return self.borders() if self.by_documents and self.most_documents else self.visible(visible)
+
+    def borders(self) -> Borders:
+        """Where the documents of all rows begin, found without waiting for the device.
+
+        Every row has as many places; where it has fewer documents, the last ones are empty.
+        """
+        assert self.most_documents is not None
+        rows, t = self.documents.shape
+        numbers = torch.arange(self.most_documents, dtype=torch.int32, device=self.documents.device).expand(rows, -1)
+        begins = torch.searchsorted(self.documents.contiguous(), numbers.contiguous(), out_int32=True)
+        begins += t * torch.arange(rows, dtype=torch.int32, device=begins.device)[:, None]
+        starts = F.pad(begins.flatten(), (0, 1), value=rows * t)
+        torch._dynamo.maybe_mark_dynamic(starts, 0)  # one graph serves any number of places
+        return Borders(starts, t)
 
     @classmethod
     def decoding(cls, start: int, n_new: int, batch: int, device: torch.device, cache: KeyValueCache) -> "Where":

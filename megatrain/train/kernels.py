@@ -6,7 +6,7 @@ import torch
 
 from megatrain.base.device import Device
 from megatrain.base.optional import nvidia_apex
-from megatrain.nn.attention.kernel import kernel_for, kernel_for_parts
+from megatrain.nn.attention.kernel import KERNELS, kernel_for, kernel_for_parts, takes_borders
 from megatrain.optim.kinds.adamw import AdamW
 from megatrain.train.config import Run
 
@@ -43,6 +43,10 @@ def attention_kernel(run: Run, device: Device) -> str:
 
     q, k = heads(model.n_heads), heads(model.kv_heads)
     mask = None
+    if not ring and not model.attention.plain(run.data.mask_documents, run.data.seq_len):
+        with torch.autocast(device.kind, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            if takes_borders(q, model.width_of_head):
+                return f"{KERNELS['FLASH_ATTENTION']}, from document to document"
     if not model.attention.plain(run.data.mask_documents, run.data.seq_len):
         mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=device.torch)
     with torch.autocast(device.kind, torch.bfloat16, enabled=dtype == torch.bfloat16):

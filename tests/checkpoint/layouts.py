@@ -124,7 +124,7 @@ def batch_of(step: int) -> Batch:
         weights=(torch.rand(ROWS, SEQ_LEN, generator=g) < 0.7).float(),
         positions=torch.where(second, column - border, column),
         documents=second.int(),
-        packed=True,
+        most_documents=2,
         step=step,
     )
 

@@ -116,7 +116,7 @@ def test_batches_are_those_of_the_slow_twin(folders, weights, seed, per_slot, n_
     for batch, rows in zip(feed, slow, strict=False):
         for i, tensor in ((2, batch.targets), (3, batch.tokens), (4, batch.positions), (5, batch.documents)):
             assert tensor.tolist() == [[token[i] for token in row] for row in rows]
-        assert batch.packed == any(row[-1][5] > 0 for row in rows)
+        assert batch.most_documents == 1 + max(row[-1][5] for row in rows)
         assert (batch.weights == 1).all()
 
 
@@ -148,15 +148,15 @@ def test_without_masks_positions_run_on(folders):
     )
     assert plain.positions.tolist() == [list(range(64))] * 4
     assert not plain.documents.any()
-    assert not plain.packed
+    assert plain.most_documents == 1
     assert plain.tokens.tolist() == masked.tokens.tolist()
-    assert masked.packed
+    assert masked.most_documents > 1
 
 
 def test_rows_of_one_document_each_are_not_packed(tmp_path):
     same = {f"{i}": np.append(np.full(31, 5 + i), END) for i in range(16)}
     batch = next(Feed.open(config([write(tmp_path / "a", same)], seq_len=32), seed=0, global_batch=4))
-    assert not batch.packed
+    assert batch.most_documents == 1
     assert not batch.documents.any()
     assert batch.tokens[:, 0].tolist() == [END] * 4
     assert batch.targets[:, -1].tolist() == [END] * 4

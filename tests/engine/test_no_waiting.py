@@ -19,7 +19,7 @@ PRECISIONS = [Precision(), Precision(compute="bf16"), Precision(compute="bf16", 
 def fake_batch() -> Batch:
     names = {"tokens": torch.int64, "targets": torch.int64, "positions": torch.int64, "documents": torch.int32}
     tensors = {name: torch.zeros(4, SEQ_LEN, dtype=dtype) for name, dtype in names.items()}
-    return Batch(weights=torch.ones(4, SEQ_LEN), packed=False, **tensors)
+    return Batch(weights=torch.ones(4, SEQ_LEN), most_documents=1, **tensors)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: f"{p.compute}-{p.parameters}")

@@ -130,7 +130,7 @@ def batch_of(step: int) -> Batch:
     column = torch.arange(SEQ_LEN).expand(ROWS, -1)
     second = column >= border
     positions = torch.where(second, column - border, column)
-    return dataclasses.replace(batch, positions=positions, documents=second.to(torch.int32), packed=True)
+    return dataclasses.replace(batch, positions=positions, documents=second.to(torch.int32), most_documents=2)
 
 
 @dataclass

@@ -33,7 +33,7 @@ def toy_batch(step: int, rows: int) -> Batch:
         weights=(torch.rand(rows, SEQ_LEN, generator=g) < density).float(),
         positions=torch.arange(SEQ_LEN).expand(rows, -1),
         documents=torch.zeros(rows, SEQ_LEN, dtype=torch.int32),
-        packed=False,
+        most_documents=1,
         step=step,
     )
 

@@ -1,6 +1,6 @@
 """One block compiled as training compiles it, traced on a fake card: what its graphs keep for backward, as JSON.
 
-python -m tests.gpu_path.block configs/bench/gpu-1b.yaml [key=value ...]
+python -m tests.gpu_path.block configs/bench/gpu-1b.yaml [--packed] [key=value ...]
 """
 
 import json
@@ -40,9 +40,12 @@ class Graphs:
 
     def _forward(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
         self.forwards += 1
+        names = [str(node.target).removeprefix("aten.").split(".")[0] for node in graph.graph.nodes]
+        self.attention = [name for name in names if "attention" in name]
         (outputs,) = next(node for node in graph.graph.nodes if node.op == "output").args
-        kept = [node for node in outputs[1:] if isinstance(node, torch.fx.Node) and not _shared(node)]
-        by_storage = {n.meta["val"].untyped_storage()._cdata: n for n in kept if isinstance(n.meta["val"], Tensor)}
+        nodes = [node for node in outputs[1:] if isinstance(node, torch.fx.Node)]
+        kept = [node for node in nodes if isinstance(node.meta["val"], Tensor) and not _shared(node)]
+        by_storage = {node.meta["val"].untyped_storage()._cdata: node for node in kept}
         self.kept = [(n.name, n.meta["val"].untyped_storage().nbytes()) for n in by_storage.values()]
         self.products = _products(graph)
         return make_boxed_func(graph.forward)
@@ -64,7 +67,8 @@ def _products(graph: torch.fx.GraphModule) -> int:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    run = read_run(sys.argv[1], sys.argv[2:]).run
+    path, *overrides = (word for word in sys.argv[1:] if word != "--packed")
+    run, packed = read_run(path, overrides).run, "--packed" in sys.argv
     rows, seq_len = run.layout.micro_batch, run.data.seq_len
     graphs = Graphs()
     with FakeTensorMode(allow_non_fake_inputs=True), fake_cuda.card():
@@ -81,7 +85,10 @@ def main() -> None:
         where.tables = run.model.position.prepare(positions, run.model.width_of_head)
         x = torch.empty(rows, seq_len, run.model.d_model, dtype=torch.bfloat16, device=device, requires_grad=True)
         y = x
-        for name in ("0", "1", "2"):  # equal blocks share one graph
+        for name, most_documents in (("0", 3), ("1", 9), ("2", 20)):  # equal blocks share one graph, whatever the rows
+            if packed:
+                where.most_documents, where.by_documents = most_documents, True
+                where.mask = run.model.attention.prepare(where)
             y = model.layers[name](y, where)
         y.sum().backward()
     print(
@@ -91,6 +98,7 @@ def main() -> None:
                 "backwards": graphs.backwards,
                 "kept_bytes": sum(size for _, size in graphs.kept),
                 "kept": graphs.kept,
+                "attention": graphs.attention,
                 "products_again": graphs.products_again,
             }
         )

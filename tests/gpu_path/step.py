@@ -28,6 +28,8 @@ from megatrain.train.stop import StopRequest, StopVote  # noqa: E402
 from megatrain.train.trainer import State, Trainer  # noqa: E402
 from tests.gpu_path.plants import PLANTS  # noqa: E402
 
+PLACES = 8
+"""Documents in a row that is packed."""
 STEPS = 3
 """The first makes the optimiser's state; the second is watched for waits, memory and cost; the third for FLOPs."""
 
@@ -53,7 +55,9 @@ class Feed:
             return torch.zeros(self.shape, dtype=dtype).pin_memory()
 
         whole = row(torch.int64)
-        return Batch(whole, whole, row(torch.float32), whole, row(torch.int32), packed=self.packed)
+        return Batch(
+            whole, whole, row(torch.float32), whole, row(torch.int32), most_documents=PLACES if self.packed else 1
+        )
 
 
 def main() -> None:

@@ -149,7 +149,7 @@ def test_the_loss_at_the_start_is_that_of_a_guess():
 def test_the_loss_is_that_of_the_logits():
     model, given = model_of(choice(vocab_size=64)), batch((5, 7), (12,), vocab_size=N_VALID)
     randomise(model, std=0.2)
-    logits = model.logits(given.tokens, Where(given.positions, given.documents, given.packed))
+    logits = model.logits(given.tokens, Where(given.positions, given.documents, given.most_documents))
     assert logits.shape[-1] == N_VALID
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), given.targets.flatten(), reduction="none")
     assert_near(model(given)[0], (losses * given.weights.flatten()).sum())

@@ -91,7 +91,7 @@ def cut_against_whole(n: int, names: list[str]) -> list[dict[str, tuple[Any, ...
             whole = built(CHOICES[name], TensorParallel())
             exact, full_grads = loss_and_gradients(whole, given)
             for sequence in (False, True):
-                case = f"{name}, sequence parallel {sequence}, packed {given.packed}"
+                case = f"{name}, sequence parallel {sequence}, most documents {given.most_documents}"
                 local = built(CHOICES[name], TensorParallel(axis, sequence))
                 full = dict(whole.named_parameters())
                 assert list(full) == [key for key, _ in local.named_parameters()], case

@@ -26,7 +26,7 @@ def batch() -> Batch:
     tokens = torch.randint(0, 50, (2, 65), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(64).expand(2, -1)
     documents = torch.zeros(2, 64, dtype=torch.int32)
-    return Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(2, 64), positions, documents, packed=False, step=5)
+    return Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(2, 64), positions, documents, most_documents=1, step=5)
 
 
 def backward(found: DecoderModel) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:

@@ -27,7 +27,7 @@ def batch() -> Batch:
         torch.ones(2, SEQ_LEN),
         torch.arange(SEQ_LEN).expand(2, -1),
         torch.zeros(2, SEQ_LEN, dtype=torch.int32),
-        packed=False,
+        most_documents=1,
     )
 
 

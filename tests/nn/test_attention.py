@@ -5,11 +5,12 @@ import torch
 import torch.distributed as dist
 
 from megatrain.nn.attention import ATTENTION, AttentionCase
+from megatrain.nn.attention.kernel import takes_borders
 from megatrain.nn.attention.layer import SelfAttention
 from megatrain.nn.attention.sliding_window import SlidingWindow
 from megatrain.nn.norm.rms_norm import RMSNorm
 from megatrain.nn.position.rotary import Rotary
-from megatrain.nn.where import Where
+from megatrain.nn.where import Borders, Where
 from megatrain.parallel.collectives import own_rows
 from megatrain.parallel.mesh import Mesh
 from megatrain.parallel.shard import shard_of
@@ -174,3 +175,54 @@ def cut_against_whole() -> None:
 
 def test_tp_2_gives_the_outputs_and_gradients_of_tp_1():
     run(cut_against_whole, 2)
+
+
+# ------------------------------------------------------------------------------------------------ document by document
+
+
+def flash_attention(q, k, v, starts, starts_k, longest, longest_k, dropout, causal, debug, **window):
+    """What the documentation of FlashAttention says of its form for sequences laid end to end, one after the other."""
+    assert (dropout, causal, debug) == (0.0, True, False)
+    assert starts is starts_k
+    left, right = window.get("window_size_left", -1), window.get("window_size_right", 0)
+    assert right == 0
+    y = torch.zeros_like(q)
+    for begin, end in zip(starts.tolist(), starts.tolist()[1:], strict=False):
+        assert 0 <= end - begin <= longest == longest_k
+        for h in range(q.shape[1]):
+            g = h * k.shape[1] // q.shape[1]
+            for i in range(begin, end):
+                first = begin if left < 0 else max(begin, i - left)
+                scores = (k[first : i + 1, g] @ q[i, h]) / q.shape[2] ** 0.5
+                y[i, h] = scores.softmax(0) @ v[first : i + 1, g]
+    return y, None, None, None, None
+
+
+@kinds
+@packings
+def test_kernels_that_go_from_document_to_document_see_what_a_mask_shows(kind, documents, monkeypatch):
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_attention)
+    masked, here = prepared(kind, documents), where(*documents)
+    here.by_documents = True
+    here.mask = kind.prepare(here)
+    assert (here.mask is None) == (masked.mask is None)
+    assert masked.mask is None or isinstance(here.mask, Borders)
+    q = leaf(2, 4, T, HEAD_DIM, seed=1)
+    k, v = (leaf(2, 2, T, HEAD_DIM, seed=s) for s in (2, 3))
+    assert_same_function(
+        lambda q, k, v: kind.attend(q, k, v, here), lambda q, k, v: kind.reference(q, k, v, masked), [q, k, v]
+    )
+
+
+def test_the_borders_of_documents_are_their_first_tokens_and_then_nothing():
+    borders = where((5, 11), (1, 6, 9)).borders()
+    assert borders.starts.tolist() == [0, 5, 16, 16, 17, 23, 32]  # three places a row
+    assert borders.longest == T
+    assert borders.starts.dtype == torch.int32
+    assert where((T,), (T,)).borders().starts.tolist() == [0, T, 2 * T]
+
+
+def test_borders_are_taken_by_cards_in_sixteen_bits_alone():
+    x = torch.empty(1, dtype=torch.bfloat16, device="meta")
+    assert not takes_borders(x, 64)
+    assert not takes_borders(torch.empty(1), 64)

@@ -51,7 +51,7 @@ def batch_of(run: Run, vocab: int, device: Device) -> Batch:
         weights=torch.ones(shape),
         positions=torch.arange(shape[1]).expand(shape).contiguous(),
         documents=torch.zeros(shape, dtype=torch.int32),
-        packed=False,
+        most_documents=1,
     )
     return batch.to(device.torch)
 

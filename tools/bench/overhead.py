@@ -31,7 +31,9 @@ def bare(bf16: bool) -> Step:
 
     model, (tokens, targets) = decoder(SHAPE), SHAPE.rows()
     positions = torch.arange(SHAPE.seq_len).expand_as(tokens)
-    batch = Batch(tokens, targets, torch.ones(tokens.shape), positions, torch.zeros_like(tokens).int(), packed=False)
+    batch = Batch(
+        tokens, targets, torch.ones(tokens.shape), positions, torch.zeros_like(tokens).int(), most_documents=1
+    )
     return by_hand(model, lambda: model(batch)[0] / SHAPE.tokens, bf16)
 
 

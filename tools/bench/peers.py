@@ -36,7 +36,9 @@ def megatrain(shape: Shape, bf16: bool, compiled: bool) -> Step:
     engine = ENGINE["plain"]().build(Parts(model, optimizer, Mesh(), Device("cpu"), precision, shape.batch, 0))
     tokens, targets = shape.rows()
     positions = torch.arange(shape.seq_len).expand_as(tokens)
-    batch = Batch(tokens, targets, torch.ones(tokens.shape), positions, torch.zeros_like(tokens).int(), packed=False)
+    batch = Batch(
+        tokens, targets, torch.ones(tokens.shape), positions, torch.zeros_like(tokens).int(), most_documents=1
+    )
     return lambda: float(engine.step(batch, LR).loss)
 
 

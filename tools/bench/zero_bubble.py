@@ -61,7 +61,7 @@ def rows(n: int, seq_len: int, vocabulary: int) -> Batch:
     tokens = torch.randint(0, vocabulary, (n, seq_len + 1), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(seq_len).expand(n, -1)
     documents = torch.zeros(n, seq_len, dtype=torch.int32)
-    return Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(n, seq_len), positions, documents, packed=False)
+    return Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(n, seq_len), positions, documents, most_documents=1)
 
 
 def main() -> None:

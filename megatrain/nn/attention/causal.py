@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatrain.nn.attention import ATTENTION, AttentionCase
 from megatrain.nn.attention.kernel import dense, scaled_dot_product
-from megatrain.nn.where import Where
+from megatrain.nn.where import Borders, Where
 
 
 @ATTENTION.register("causal")
@@ -34,9 +34,9 @@ class Causal:
         """Over such rows nothing but causality limits what is seen, which kernels know by themselves."""
         return not packed
 
-    def prepare(self, where: Where) -> Tensor | None:
-        """The mask of a pass, or None where the kernel's own causal path does."""
-        return None if self.plain(where.packed, where.positions.shape[1]) else where.visible(self.visible)
+    def prepare(self, where: Where) -> Tensor | Borders | None:
+        """The mask of a pass or its documents' borders, or None where the kernel's own causal path does."""
+        return None if self.plain(where.packed, where.positions.shape[1]) else where.limits(self.visible)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
         return scaled_dot_product(q, k, v, where.mask, causal=True)

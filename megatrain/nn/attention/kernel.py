@@ -8,19 +8,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from megatrain.nn.where import Borders
 from megatrain.parallel.product import by_float32, product_format
 
 
-def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
+def scaled_dot_product(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Borders | None, *, causal: bool, window: int | None = None
+) -> Tensor:
     """softmax(q k^T / sqrt(k)) v by torch's fused kernels (FlashAttention where the device and shape take it).
 
     Args:
         q: [b, h, t, k]. k, v: [b, g, s, k] with g dividing h (grouped queries, Ainslie et al. 2023, arXiv:2305.13245).
-        mask: bool [b or 1, 1, t, s], True where a query sees a key; None with `causal` for the plain lower triangle.
+        mask: bool [b or 1, 1, t, s], True where a query sees a key; `Borders` for causal attention within documents;
+            None with `causal` for the plain lower triangle.
+        window: with `Borders`, how many keys a query sees; None: all before it. (A mask says so itself.)
 
     Returns:
         [b, h, t, k].
     """
+    if isinstance(mask, Borders):
+        return _by_documents(q, k, v, mask, window)
     q, k, v, options = _as_taken(q, k, v, mask, causal)
     if by_float32(q):
         with torch.autocast("cpu", enabled=False):
@@ -33,6 +40,23 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: 
     q, k, v = as_products(q, k, v)
     q, k, v, options = _as_taken(q, k, v, mask, causal)
     return KERNELS[SDPBackend(torch._fused_sdp_choice(q, k, v, **options)).name]
+
+
+def takes_borders(x: Tensor, head_dim: int) -> bool:
+    """Attention for activations like `x` can go from document to document: on cards, in 16 bits, by FlashAttention."""
+    return x.device.type == "cuda" and product_format(x).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 256
+
+
+def _by_documents(q: Tensor, k: Tensor, v: Tensor, borders: Borders, window: int | None) -> Tensor:
+    """Causal attention within documents, at the cost of their own triangles (Dao 2023, arXiv:2307.08691)."""
+    asked, rows = q.dtype, q.shape[0]
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in as_products(q, k, v))  # [b t, heads, k]
+    behind = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+    starts, longest = borders.starts, borders.longest
+    y, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, starts, starts, longest, longest, 0.0, True, False, **behind
+    )
+    return y.unflatten(0, (rows, -1)).transpose(1, 2).to(asked)
 
 
 KERNELS = {

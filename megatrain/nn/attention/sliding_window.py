@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatrain.nn.attention import ATTENTION, AttentionCase
 from megatrain.nn.attention.kernel import dense, scaled_dot_product
-from megatrain.nn.where import Where
+from megatrain.nn.where import Borders, Where
 
 
 @ATTENTION.register("sliding_window")
@@ -40,12 +40,12 @@ class SlidingWindow:
         """Over such rows nothing but causality limits what is seen, which kernels know by themselves."""
         return not packed and seq_len <= self.window
 
-    def prepare(self, where: Where) -> Tensor | None:
-        """The mask of a pass, or None where the window covers the whole row."""
-        return None if self.plain(where.packed, where.positions.shape[1]) else where.visible(self.visible)
+    def prepare(self, where: Where) -> Tensor | Borders | None:
+        """The mask of a pass or its documents' borders, or None where the window covers the whole row."""
+        return None if self.plain(where.packed, where.positions.shape[1]) else where.limits(self.visible)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
-        return scaled_dot_product(q, k, v, where.mask, causal=True)
+        return scaled_dot_product(q, k, v, where.mask, causal=True, window=self.window)
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
         return dense(q, k, v, where.visible(self.visible))
