@@ -7,6 +7,7 @@ together first, so they decide alike. What was decided is handed to the layers a
 """
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -55,7 +56,8 @@ class Guard:
         every: steps from one look to the next.
         limit: relative error beyond which a layer is demoted.
         world: all ranks.
-        micro_batch: rows that a look takes.
+        micro_batch: rows that a look takes: the first of the global batch, so that the layout does not choose them.
+        counted: this rank has them; the others take part, and what they see is left out.
     """
 
     products: Mapping[str, Quantised]
@@ -63,6 +65,7 @@ class Guard:
     limit: float
     world: Axis
     micro_batch: int
+    counted: bool = True
     in_bf16: set[str] = field(default_factory=set)
     """Layers of the whole model that are demoted."""
     latest: Verdict | None = None
@@ -74,11 +77,13 @@ class Guard:
     def look(self, batch: Batch, evaluate: Callable[[Batch], tuple[Tensor, Tensor]], device: torch.device) -> Verdict:
         """Compare, decide and tell the layers. Every rank calls it with its rows of the same global batch."""
         micro = next(iter(batch.split(min(self.micro_batch, batch.rows))))
+        if not self.counted:
+            micro = dataclasses.replace(micro, weights=torch.zeros_like(micro.weights))
         with self._measuring(device) as sums:
             loss, count = (float(x) for x in evaluate(micro))
         with self._all_in_bf16():
             exact, _ = (float(x) for x in evaluate(micro))
-        found = self._together({name: total.tolist() for name, total in sums.items()})
+        found = self._together({name: total.tolist() for name, total in sums.items()} if self.counted else {})
         self.latest = self._decide(batch.step, found, (loss - exact) / count if count else 0.0)
         self.tell()
         return self.latest

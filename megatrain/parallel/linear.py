@@ -15,7 +15,11 @@ from megatrain.parallel.tensor import TensorParallel
 
 
 class Product(Protocol):
-    """How a linear layer multiplies: in which number format, with which kernel."""
+    """How a linear layer multiplies: in which number format, with which kernel.
+
+    One that has a method `collect(x, weight, bias, tp)` also brings together the rows of a sequence that is cut over
+    ranks, in a format of its own.
+    """
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, /) -> Tensor:
         """[..., i], [o, i], [o] -> [..., o]."""
@@ -50,6 +54,8 @@ class ColumnParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.product is linear and overlaps(x, self.tp):
             return column_linear(x, self.weight, self.bias, self.tp)
+        if self.tp.cuts_sequence and hasattr(self.product, "collect"):
+            return self.product.collect(x, self.weight, self.bias, self.tp)
         return self.product(self.tp.enter(x), self.weight, self.bias)
 
 

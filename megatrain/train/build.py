@@ -57,7 +57,14 @@ def build_engine(run: Run, tokenizer: TokenizerEntry, mesh: Mesh, device: Device
     eight_bits = run.precision.eight_bits
     if eight_bits is None or not eight_bits.guard_every:
         return engine
-    guard = Guard(products, eight_bits.guard_every, eight_bits.guard_limit, mesh.axis("world"), run.layout.micro_batch)
+    guard = Guard(
+        products,
+        eight_bits.guard_every,
+        eight_bits.guard_limit,
+        mesh.axis("world"),
+        run.layout.micro_batch,
+        counted=mesh.axis("dp").rank == 0,
+    )
     return Guarded(engine, guard, device.torch)
 
 

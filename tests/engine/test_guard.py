@@ -50,7 +50,9 @@ def make(*, guarded: bool, tp: int = 1, eight_bits: Any = FP8) -> tuple[Any, Any
     optimizer = AdamW(lr=LR, weight_decay=0.0, eps=1e-6)
     engine: Any = toy_engine("plain", 0, mesh, model=model, micro_batch=4, optimizer=optimizer, **BF16)
     if guarded:
-        engine = Guarded(engine, Guard(products, EVERY, 0.1, mesh.axis("world"), 4), torch.device("cpu"))
+        engine = Guarded(
+            engine, Guard(products, EVERY, 0.1, mesh.axis("world"), 4, mesh.axis("dp").rank == 0), torch.device("cpu")
+        )
     return engine, model, mesh
 
 

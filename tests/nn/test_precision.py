@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatrain.base.optional import torchao
 from megatrain.models.decoder import Decoder
 from megatrain.nn.precision.fp8 import FORMATS, Fp8, cast
 from megatrain.nn.precision.int8 import Int8, uniform
 from megatrain.nn.precision.mx import in_tiles
-from megatrain.nn.precision.quantised import GRADIENT, Quantised, quantised_linear
+from megatrain.nn.precision.quantised import Quantised, quantised_linear
+from megatrain.nn.precision.recipe import GRADIENT
 from megatrain.nn.precision.select import linears, quantise, selection_problems
 from megatrain.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatrain.parallel.mesh import ALONE, Mesh
@@ -246,6 +248,57 @@ def test_tensorwise_scales_are_agreed_over_tensor_parallel_ranks(recipe):
     # values of fp8 are equal bit for bit; sums over ranks round otherwise
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, alone[name], rtol=1e-5, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+class Sent(TorchDispatchMode):
+    """Bytes that each gather sends, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: list[int] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if "all_gather_into_tensor" in str(op):
+            self.bytes.append(args[0].numel() * args[0].itemsize)
+        return op(*args, **(kwargs or {}))
+
+
+def with_rows_cut(recipe: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """A column-parallel layer that sends rounded rows, and one that collects them first."""
+    axis = Mesh.of(tp=2).at(torch.distributed.get_rank()).connect().axis("tp")
+    tp = TensorParallel(axis, sequence=True)
+    found: dict[str, Any] = {}
+    for how in ("sent", "first"):
+        layer = ColumnParallelLinear(48, 64, tp, init=normal(1.0), bias=True)
+        initialise(layer, seed=1)
+        layer.to(dtype)
+        layer.product = product = Quantised(recipe, axis)
+        x = leaf(2, 32, 48, dtype=dtype, seed=5 + axis.rank)
+        kept: list[int] = []
+        with (
+            Sent() as sent,
+            torch.autograd.graph.saved_tensors_hooks(lambda y: (kept.append(y.numel()), y)[1], lambda y: y),  # noqa: B023
+        ):
+            y = layer(x) if how == "sent" else product(tp.enter(x), layer.weight, layer.bias)
+        y.backward(leaf(2, 64, 32, dtype=dtype, seed=7).detach())
+        of_weight, of_bias = layer.weight.grad, layer.bias.grad
+        found[how] = {"y": y.detach(), "x": x.grad, "weight": of_weight, "bias": of_bias}
+        found[f"{how} bytes"], found[f"{how} kept"] = sent.bytes, max(kept)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("recipe", EXAMPLES, ids=name_of)
+def test_rows_that_travel_rounded_give_the_bits_of_rows_that_are_rounded_when_they_have_come(recipe, dtype):
+    for found in run(with_rows_cut, 2, recipe, dtype):
+        for name, tensor in found["first"].items():
+            assert torch.equal(found["sent"][name], tensor), name
+        values = 2 * 32 * (64 if getattr(recipe, "kind", "") == "mx" else 48)  # which fills blocks of 32 up
+        scales = {"tensorwise": [], "mx": [2 * 32 * 2 * 4]}.get(getattr(recipe, "kind", ""), [2 * 32 * 4])
+        assert found["sent bytes"] == [values, *scales]
+        assert found["first bytes"] == [2 * 32 * 48 * dtype.itemsize]
+        assert found["sent kept"] == 2 * 32 * 48  # its own rows
+        assert found["first kept"] == 2 * 64 * 48
 
 
 def test_stochastic_rounding_to_int8_is_exact_in_the_mean():

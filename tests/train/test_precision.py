@@ -9,7 +9,8 @@ from megatrain.report.page import page
 from megatrain.report.run import read_run as read_record
 from megatrain.train.config import read_run
 from megatrain.train.run import train
-from tests.train.small import events, metrics, write_run
+from tests.ranks import run
+from tests.train.small import events, metrics, on_ranks, write_run
 
 EIGHT_BITS = {
     "precision__compute": "bf16",
@@ -73,3 +74,43 @@ def test_what_cannot_be_is_refused_before_anything_starts(tmp_path: Path, text_d
         train(read_run(path).run)
     assert words in str(refused.value)
     assert not (tmp_path / "runs").exists()
+
+
+PIPED = ("layout.tp=2", "layout.pp=2", "layout.schedule=1f1b", "layout.engine=plain", "layout.compile=true")
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "words"),
+    [
+        ("tensorwise", 2, ("layout.tp=2", "layout.engine=plain")),
+        ("tensorwise", 2, ("layout.engine=fsdp2", "layout.zero=2")),
+        pytest.param("rowwise", 2, ("layout.tp=2", "layout.engine=plain"), marks=SLOW),
+        pytest.param("mx", 2, ("layout.tp=2", "layout.engine=plain"), marks=SLOW),
+        pytest.param(
+            "rowwise", 2, ("layout.tp=2", "layout.sequence_parallel=false", "layout.engine=plain"), marks=SLOW
+        ),
+        pytest.param("rowwise", 2, ("layout.engine=deepspeed", "layout.zero=1"), marks=SLOW),
+        pytest.param("tensorwise", 4, PIPED, marks=SLOW),
+        pytest.param("rowwise", 4, PIPED, marks=SLOW),
+    ],
+    ids=str,
+)
+def test_a_run_in_eight_bits_has_one_loss_curve_under_every_layout(
+    kind: str, ranks: int, words: tuple[str, ...], tmp_path: Path, text_data: Path
+) -> None:
+    """As near as bf16 lets it be: sums over ranks round otherwise, and some numbers then fall on the other side."""
+    fp8 = EIGHT_BITS["precision__fp8"] | {"kind": kind, "guard_limit": 0.5}
+    changes = EIGHT_BITS | {"precision__fp8": fp8, "model__d_ff": 64, "layout__micro_batch": 1}
+    path = write_run(tmp_path, text_data, **changes)
+    train(read_run(path, ["name=alone"]).run)
+    run(on_ranks, ranks, str(path), ("name=cut", *words), timeout=600)
+    alone, cut = (metrics(tmp_path / "runs" / name) for name in ("alone", "cut"))
+    assert len(alone) == len(cut) == 7
+    for a, b in zip(alone, cut, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=2e-3)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=0.02)
+    looks = zip(*(events(tmp_path / "runs" / name, "guard") for name in ("alone", "cut")), strict=True)
+    for a, b in looks:
+        assert b["errors"] == pytest.approx(a["errors"], rel=0.02 if a["before_step"] == 1 else 0.3)
+        assert b["loss_gap"] == pytest.approx(a["loss_gap"], abs=2e-3)

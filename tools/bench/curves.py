@@ -24,7 +24,7 @@ from torch import Tensor
 from megatrain.base.device import Device
 from megatrain.data.feed import held_out
 from megatrain.nn.precision.fp8 import Fp8, cast
-from megatrain.nn.precision.quantised import GRADIENT, Rounded
+from megatrain.nn.precision.recipe import GRADIENT, Rounded
 from megatrain.parallel.mesh import Axis, Mesh
 from megatrain.train.build import build_engine, open_feed
 from megatrain.train.check import refuse

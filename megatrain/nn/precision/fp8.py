@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatrain.nn.precision import mx
-from megatrain.nn.precision.quantised import GRADIENT, Rounded
+from megatrain.nn.precision.recipe import GRADIENT, Rounded
 from megatrain.nn.precision.select import Selection
 from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.mesh import Axis

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatrain.nn.hashing import mix
-from megatrain.nn.precision.quantised import GRADIENT, Rounded
+from megatrain.nn.precision.recipe import GRADIENT, Rounded
 from megatrain.nn.precision.select import Selection
 from megatrain.parallel.mesh import Axis
 

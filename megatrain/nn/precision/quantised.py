@@ -1,57 +1,17 @@
-"""Products in eight bits: operands are scaled, rounded, multiplied, and the scales taken out again.
+"""Products in eight bits: operands are scaled, rounded, multiplied, and the scales taken out again."""
 
-Each operand is a matrix [n, k] whose last dimension is summed over. A recipe says in which format it is rounded and
-which elements share a scale; forward and both gradients are then the same three lines.
-
-    y = x w^T          grad x = g w = g (w^T)^T          grad w = g^T x = g^T (x^T)^T
-"""
-
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatrain.nn.precision.gathered import gathered_linear
+from megatrain.nn.precision.recipe import GRADIENT, INPUT, WEIGHT, Recipe, weight_gradient
+from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.mesh import ALONE, Axis
-from megatrain.parallel.product import add_product, linear, product_format
-
-INPUT, WEIGHT, GRADIENT = "input", "weight", "gradient"
-"""What an operand is; formats may differ."""
-
-
-@dataclass(frozen=True)
-class Rounded:
-    """A matrix [n, k] in eight bits: its numbers are `values` x `scale`."""
-
-    values: Tensor
-    scale: Tensor
-    """float32 [] or [n, 1]; or [n, k / 32], where 32 neighbours share one."""
-
-    @property
-    def scale_row(self) -> Tensor:
-        """The scale as it meets the columns of a product: [] or [1, n]."""
-        return self.scale.T if self.scale.ndim else self.scale
-
-
-class Recipe(Protocol):
-    """How operands are rounded and multiplied."""
-
-    @property
-    def weight_gradient(self) -> str:
-        """`low`: in eight bits as the others; `high`: in the format of the run."""
-        ...
-
-    def round(self, x: Tensor, what: str, axis: Axis) -> Rounded:
-        """Scale and round [n, k]. Tensor-parallel ranks of `axis` hold other parts of the same operand."""
-        ...
-
-    def multiply(self, a: Rounded, b: Rounded, out: torch.dtype) -> Tensor:
-        """a b^T: [n, k], [m, k] -> [n, m]."""
-        ...
-
-    def lost(self, x: Tensor, rounded: Rounded) -> Tensor:
-        """float32 [2]: how many elements stand at the end of the format, and how many became 0 that were not."""
-        ...
+from megatrain.parallel.overlapped import column_linear, overlaps
+from megatrain.parallel.product import linear, product_format
+from megatrain.parallel.tensor import TensorParallel
 
 
 def quantised_linear(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, axis: Axis) -> Tensor:
@@ -75,20 +35,16 @@ class _QuantisedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         recipe, axis, out = ctx.recipe, ctx.axis, ctx.out
-        grad_x = grad_weight = None
+        grad_x = grad_w = None
         with torch.autocast(x.device.type, enabled=False):
             g, rows = grads[0].to(out).flatten(0, -2), x.flatten(0, -2)
             if ctx.needs_input_grad[0]:
                 by = recipe.round(weight.to(out).T, WEIGHT, axis)
                 grad_x = recipe.multiply(recipe.round(g, GRADIENT, axis), by, out).unflatten(0, x.shape[:-1])
                 grad_x = grad_x.to(ctx.format)
-            if ctx.needs_input_grad[1] and recipe.weight_gradient == "high":
-                grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-                add_product(grad_weight, g, rows)
-            elif ctx.needs_input_grad[1]:
-                by = recipe.round(rows.T, INPUT, axis)
-                grad_weight = recipe.multiply(recipe.round(g.T, GRADIENT, axis), by, torch.float32)
-        return grad_x, grad_weight, None, None
+            if ctx.needs_input_grad[1]:
+                grad_w = weight_gradient(g, rows, weight, recipe, axis)
+        return grad_x, grad_w, None, None
 
 
 class Quantised:
@@ -98,8 +54,10 @@ class Quantised:
     of them.
     """
 
-    def __init__(self, recipe: Recipe, axis: Axis = ALONE):
+    def __init__(self, recipe: Recipe, axis: Axis = ALONE, partial: bool = False):
         self.recipe, self.axis = recipe, axis
+        self.partial = partial
+        """Outputs are added up over the ranks of `axis`, so that only their sum can be off."""
         self.demoted = False
         """Multiply in the format of the run instead."""
         self.measuring: Tensor | None = None
@@ -113,12 +71,23 @@ class Quantised:
             return linear(x, weight, bias)
         return quantised_linear(x, weight, bias, self.recipe, self.axis)
 
+    def collect(self, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
+        """A column-parallel product of rows that are cut over the ranks: [b, t / size, i] -> [b, t, o]."""
+        if self.measuring is not None:
+            self._measure(tp.enter(x), weight)
+        if self.demoted:
+            return column_linear(x, weight, bias, tp) if overlaps(x, tp) else linear(tp.enter(x), weight, bias)
+        y = gathered_linear(x, weight, self.recipe, tp)
+        return y if bias is None else y + bias.to(y.dtype)
+
     @torch.no_grad()
     def _measure(self, x: Tensor, weight: Tensor) -> None:
         assert self.measuring is not None
         out = product_format(x)
         exact = linear(x, weight).float()
         off = quantised_linear(x, weight, None, self.recipe, self.axis).float() - exact
+        if self.partial and self.axis.size > 1:
+            exact, off = all_reduce(torch.stack([exact, off]), self.axis.group).unbind()
         operands = [(x.to(out).flatten(0, -2), INPUT), (weight.to(out), WEIGHT)]
         lost = torch.zeros(2, device=x.device)
         for operand, what in operands:

@@ -105,5 +105,5 @@ def quantise(model: nn.Module, selection: Any, n_layers: int, axis: Axis) -> dic
     """
     products = {}
     for name, layer in selected(model, selection, n_layers).items():
-        layer.product = products[name] = Quantised(selection, axis)
+        layer.product = products[name] = Quantised(selection, axis, isinstance(layer, RowParallelLinear))
     return products
