@@ -1,8 +1,9 @@
 """One block compiled as training compiles it, traced on a fake card: what its graphs keep for backward, as JSON.
 
-python -m tests.gpu_path.block configs/bench/gpu-1b.yaml [--packed] [key=value ...]
+python -m tests.gpu_path.block configs/bench/gpu-1b.yaml [--packed] [--generated] [key=value ...]
 """
 
+import copy
 import json
 import sys
 import warnings
@@ -17,8 +18,10 @@ from functorch.compile import make_boxed_func  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch._dynamo.backends.common import aot_autograd  # noqa: E402
 from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: E402
+from torch._inductor.decomposition import select_decomp_table  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
+from megatrain.audit.generated import code_for, launches  # noqa: E402
 from megatrain.models.recompute import INSIDE, recompute  # noqa: E402
 from megatrain.nn.where import Where  # noqa: E402
 from megatrain.train.config import read_run  # noqa: E402
@@ -31,15 +34,20 @@ class Graphs:
 
     def __init__(self) -> None:
         self.kept: list[tuple[str, int]] = []
+        self.seen: list[tuple[torch.fx.GraphModule, list[Any]]] = []
         self.forwards = self.backwards = self.products_again = 0
 
     def backend(self) -> Any:
         return aot_autograd(
-            fw_compiler=self._forward, bw_compiler=self._backward, partition_fn=min_cut_rematerialization_partition
+            fw_compiler=self._forward,
+            bw_compiler=self._backward,
+            partition_fn=min_cut_rematerialization_partition,
+            decompositions=select_decomp_table(),
         )
 
     def _forward(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
         self.forwards += 1
+        self.seen.append((copy.deepcopy(graph), list(inputs)))
         names = [str(node.target).removeprefix("aten.").split(".")[0] for node in graph.graph.nodes]
         self.attention = [name for name in names if "attention" in name]
         (outputs,) = next(node for node in graph.graph.nodes if node.op == "output").args
@@ -52,6 +60,7 @@ class Graphs:
 
     def _backward(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
         self.backwards += 1
+        self.seen.append((copy.deepcopy(graph), list(inputs)))
         self.products_again = _products(graph) - 2 * self.products
         return make_boxed_func(graph.forward)
 
@@ -67,7 +76,7 @@ def _products(graph: torch.fx.GraphModule) -> int:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    path, *overrides = (word for word in sys.argv[1:] if word != "--packed")
+    path, *overrides = (word for word in sys.argv[1:] if not word.startswith("--"))
     run, packed = read_run(path, overrides).run, "--packed" in sys.argv
     rows, seq_len = run.layout.micro_batch, run.data.seq_len
     graphs = Graphs()
@@ -91,6 +100,10 @@ def main() -> None:
                 where.mask = run.model.attention.prepare(where)
             y = model.layers[name](y, where)
         y.sum().backward()
+    generated = {}
+    if "--generated" in sys.argv:
+        with fake_cuda.card(), code_for():
+            generated = {name: launches(*seen) for name, seen in zip(("forward", "backward"), graphs.seen, strict=True)}
     print(
         json.dumps(
             {
@@ -99,6 +112,7 @@ def main() -> None:
                 "kept_bytes": sum(size for _, size in graphs.kept),
                 "kept": graphs.kept,
                 "attention": graphs.attention,
+                "generated": generated,
                 "products_again": graphs.products_again,
             }
         )

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 import libraries
 import torch
 import torch.nn.functional as F
+from products import products
 from recipe import BETAS, CLIP, EPS, LR, THETA, WEIGHT_DECAY, Shape, Step, by_hand, decoder, fill, weights_of
 
 from megatrain.base.device import Device
@@ -93,6 +94,9 @@ def transformers(shape: Shape, bf16: bool, compiled: bool) -> Step:
     return by_hand(model, lambda: run(input_ids=tokens, labels=targets, shift_labels=targets).loss, bf16)
 
 
+BOUND = "products"
+"""No trainer: what its matrix products and attention alone would cost."""
+
 PEERS: dict[str, Callable[[Shape, bool, bool], Step]] = {
     "megatrain": megatrain,
     "plain": plain,
@@ -101,6 +105,7 @@ PEERS: dict[str, Callable[[Shape, bool, bool], Step]] = {
     "litgpt": libraries.litgpt,
     "olmo-core": libraries.olmo_core,
     "megatron-core": libraries.megatron_core,
+    BOUND: products,
 }
 NEEDS = {
     "transformers": "transformers",

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from lockstep import HERE, Peer, Quartiles, run, speed_ratio
-from peers import PEERS, installed
+from peers import BOUND, PEERS, installed
 from recipe import Shape
 
 MODES = ("", "+compile")
-ALL = [name + mode for mode in MODES for name in PEERS]
+ALL = [name + mode for mode in MODES for name in PEERS if (name, mode) != (BOUND, "+compile")]
 OURS = "megatrain"
 
 
@@ -67,10 +67,13 @@ def table(lines: list[dict[str, Any]], tokens: int) -> str:
         rows.append(
             f"{name:22s} {speed:12.0f}  {ratio!s:24s} {mib:8.0f}  {losses[name][0]:.4f}, {losses[name][-1]:.4f}"
         )
-    for mode in ("", "+compile"):
-        others = [n for n in costs if n.endswith("+compile") == bool(mode) and not n.startswith(OURS)]
+    for mode in MODES:
+        others = [n for n in costs if n.endswith("+compile") == bool(mode) and not n.startswith(OURS) and n != BOUND]
         for other in others if OURS + mode in costs else []:
             rows.append(f"{OURS + mode} is {speed_ratio(costs[OURS + mode], costs[other])} times as fast as {other}")
+    for name in (OURS + mode for mode in MODES if BOUND in costs and OURS + mode in costs):
+        share = speed_ratio(costs[name], costs[BOUND])
+        rows.append(f"{name} has {share} of the speed that its matrix products and attention alone would have")
     return "\n".join(rows)
 
 
@@ -95,7 +98,9 @@ def environment(threads: int, cycles: int, launches: int, batch: int) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
-    parser.add_argument("--peers", nargs="+", choices=ALL, default=[n + mode for mode in MODES for n in installed()])
+    parser.add_argument(
+        "--peers", nargs="+", choices=ALL, default=[n for n in ALL if n.partition("+")[0] in installed()]
+    )
     parser.add_argument("--cycles", type=int, default=9, help="steps, at least two, of each peer in a launch")
     parser.add_argument("--launches", type=int, default=1, help="times that everything is started anew")
     parser.add_argument("--batch", type=int, default=Shape.batch, help="sequences of a step")
