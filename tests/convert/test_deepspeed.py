@@ -152,11 +152,10 @@ def make_universal(source: str, out: str) -> None:
 
 
 ODD = [
-    None, 5, "text", [], {}, {"module": 3}, {"module": {"a": 3}}, {"module": {"a": None}, "param_shapes": 4},
-    {"optimizer_state_dict": 3}, {"optimizer_state_dict": []}, {"optimizer_state_dict": {"zero_stage": "x"}},
-    {"optimizer_state_dict": {"zero_stage": 2}}, {"optimizer_state_dict": {"zero_stage": 2, "partition_count": None}},
+    None, 5, [], {}, {"module": 3}, {"module": {"a": None}, "param_shapes": 4}, {"optimizer_state_dict": 3},
+    {"optimizer_state_dict": []}, {"optimizer_state_dict": {"zero_stage": 2, "partition_count": None}},
     {"optimizer_state_dict": {"zero_stage": 3, "partition_count": 2, "fp32_flat_groups": ["a"]}},
-    {"param": "x"}, {"param": torch.ones(3)}, torch.ones(3), torch.ones(3, dtype=torch.int8),
+    {"param": "x"}, torch.ones(3),
 ]  # fmt: skip
 """Sound pickles that hold something else than belongs there."""
 

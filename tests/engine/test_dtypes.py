@@ -20,6 +20,7 @@ from tests.engine.toy import SEQ_LEN, VOCABULARY, connected, rows_of, toy_batch,
 from tests.ranks import run
 
 CONFIGS = Path(megatrain.__file__).parents[1] / "configs/run"
+BENCH = CONFIGS.with_name("bench")
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64"}
 PRODUCTS = ("mm", "addmm", "bmm", "addmm_")
 LARGE = 8
@@ -96,7 +97,17 @@ EACH = [
     ("llama-124m.yaml", (), "deepspeed", 1),
     ("llama-124m.yaml", (), "fsdp2", 2),
     ("llama-124m.yaml", ("precision.stochastic_rounding=true",), "plain", 0),
+    ("../bench/gpu-1b.yaml", (), "plain", 0),
 ]
+
+
+def test_runs_that_measure_cards_have_one_set_of_formats():
+    first, *others = ((run.precision, run.optimizer) for run in map(shipped, sorted(BENCH.glob("gpu-*.yaml"))))
+    assert others == [first, first]
+
+
+def shipped(path: Path) -> Any:
+    return read_run(path, ["log.dir=/tmp"]).run
 
 
 @pytest.mark.parametrize(("name", "overrides", "kind", "zero"), EACH, ids=str)
