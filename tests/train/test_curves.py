@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tools.bench import curves as program
 from tools.bench.curves import FAILING, SETTINGS, Curve, chosen, differences, table, train
 
 SMALL = (
@@ -51,3 +52,13 @@ def test_differences_are_paired_by_seed_and_their_interval_is_students():
     assert mean == pytest.approx(0.02)
     assert half == pytest.approx(4.30 * 0.01 / math.sqrt(3))
     assert "+2.00% +- 2.48%" in table(found)
+
+
+def test_what_a_stopped_call_has_trained_is_not_trained_again(monkeypatch):
+    trained = []
+    monkeypatch.setattr(program, "chosen", lambda group, setting, data, steps, seed: seed)
+    monkeypatch.setattr(program, "train", lambda seed, setting, every: trained.append((setting, seed)) or "new")
+    known = [Curve("a", 0, [(2, 5.0), (3, 4.0)]), Curve("b", 0, [(3, 4.0)]), Curve("a", 1, [(2, 5.0), (4, 4.0)])]
+    found = list(program.curves("precision", "data", 3, 2, ["a", "b"], 2, known))
+    assert found == [known[0], "new", "new", "new"]
+    assert trained == [("b", 0), ("a", 1), ("b", 1)]

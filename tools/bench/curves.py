@@ -5,6 +5,7 @@
 
 For each setting and seed the same model is trained on the same tokens. The table gives the mean difference from the
 baseline with its interval (Student's t over seeds, 95%); `--out` gets the raw lines, the table and a picture.
+Curves that are there from a call that was stopped are not trained again.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from megatrain.base.device import Device
+from megatrain.base.files import read_json_lines
 from megatrain.data.feed import held_out
 from megatrain.nn.precision.fp8 import Fp8, cast
 from megatrain.nn.precision.recipe import GRADIENT, Rounded
@@ -125,10 +127,15 @@ def train(run: Run, setting: str, every: int) -> Curve:
     return Curve(setting, run.seed, points)
 
 
-def curves(group: str, data: str, steps: int, seeds: int, settings: list[str], every: int) -> Iterator[Curve]:
+def curves(
+    group: str, data: str, steps: int, seeds: int, settings: list[str], every: int, known: list[Curve]
+) -> Iterator[Curve]:
+    """A curve for each seed and setting: the known one, if it was evaluated at the same steps, or a new one."""
+    wanted = [*range(every, steps, every), steps]
+    there = {(c.setting, c.seed): c for c in known if [step for step, _ in c.points] == wanted}
     for seed in range(seeds):
         for setting in settings:
-            yield train(chosen(group, setting, data, steps, seed), setting, every)
+            yield there.get((setting, seed)) or train(chosen(group, setting, data, steps, seed), setting, every)
 
 
 def differences(found: list[Curve], setting: str, baseline: str) -> tuple[float, float]:
@@ -192,11 +199,16 @@ def main() -> None:
     found: list[Curve] = []
     settings = options.settings or list(SETTINGS[options.group])
     every = options.every or max(1, options.steps // 5)
+    known: list[Curve] = []
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
+        lines = read_json_lines(options.out / f"{options.group}.jsonl")
+        known = [Curve(line["setting"], line["seed"], [tuple(point) for point in line["points"]]) for line in lines]
     begin = time.process_time()
-    for curve in curves(options.group, options.data, options.steps, options.seeds, settings, every):
+    for curve in curves(options.group, options.data, options.steps, options.seeds, settings, every, known):
         found.append(curve)
+        if any(curve is one for one in known):
+            continue
         print(
             f"{curve.setting} seed {curve.seed}: {curve.last:.4f} ({time.process_time() - begin:.0f} CPU-s)", flush=True
         )
