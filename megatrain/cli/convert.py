@@ -75,7 +75,11 @@ def from_megatron(folder: str, tokenizer: str | None, out: str, check: bool) -> 
 @command.command("to-deepspeed", short_help="A checkpoint to one of DeepSpeed's.")
 @click.argument("checkpoint")
 @click.option("--out", required=True, type=click.Path(), help="The new folder.")
-@click.option("--ranks", type=int, help="Write ZeRO 1 and 2 for so many ranks; else the universal format, which stage 3 reads too.")
+@click.option(
+    "--ranks",
+    type=int,
+    help="Write ZeRO 1 and 2 for so many ranks; else the universal format, which stage 3 reads too.",
+)
 @click.option("--family", help="llama, mistral, ...: by default the first that the model can be.")
 @check
 def to_deepspeed(checkpoint: str, out: str, ranks: int | None, family: str | None, check: bool) -> None:
