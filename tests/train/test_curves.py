@@ -45,6 +45,28 @@ def test_formats_cost_less_than_half_a_percent_over_a_thousand_steps_of_three_se
     assert mean - half > 0.02, table(found)
 
 
+def of_optimizers(data: Path, steps: int, seeds: int, more: tuple[str, ...]) -> list[Curve]:
+    torch.set_num_threads(1)
+    return [
+        train(chosen("optimizers", setting, str(data), steps, seed, more), setting, steps)
+        for seed in range(seeds)
+        for setting in ("adamw", "adamw_8bit")
+    ]
+
+
+def test_moments_in_eight_bits_learn_as_those_in_float32(text_data: Path) -> None:
+    found = of_optimizers(text_data, 60, 1, SMALL[:-2])
+    assert abs(differences(found, "adamw_8bit", "adamw")[0]) < 0.005, table(found)
+    assert found[0].last != found[1].last
+
+
+@pytest.mark.slow
+def test_moments_in_eight_bits_cost_less_than_half_a_percent_over_three_seeds(text_data: Path) -> None:
+    found = of_optimizers(text_data, 400, 3, ())
+    print(table(found))
+    assert abs(differences(found, "adamw_8bit", "adamw")[0]) < 0.005, table(found)
+
+
 def test_differences_are_paired_by_seed_and_their_interval_is_students():
     found = [Curve("a", seed, [(1, x)]) for seed, x in enumerate((2.0, 4.0, 8.0))]
     found += [Curve("b", seed, [(1, x)]) for seed, x in enumerate((2.02, 4.08, 8.24))]
