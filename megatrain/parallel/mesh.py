@@ -22,6 +22,7 @@ ORDER = ("pp", "dp", "cp", "tp")
 
 COMBINED = {
     "data": ("dp", "cp"),  # ranks that hold the same parameters: gradients are summed over them
+    "row": ("cp", "tp"),  # ranks that hold parts of the activations of the same rows
     "stage": ("dp", "cp", "tp"),  # ranks that hold parts or copies of the same parameters
     "model": ("pp", "tp"),  # ranks that hold different parameters of one replica
     "world": ORDER,
@@ -108,8 +109,8 @@ class Mesh:
         return found
 
     def axis(self, name: str) -> Axis:
-        """The axis `name`: pp, dp, cp, tp, ep, or a combination: data (dp x cp), stage (dp x cp x tp), model (pp x
-        tp), world."""
+        """The axis `name`: pp, dp, cp, tp, ep, or a combination: data (dp x cp), row (cp x tp), stage (dp x cp x
+        tp), model (pp x tp), world."""
         ranks = next(row for row in self._rows(name) if self.rank in row)
         return Axis(name, len(ranks), ranks.index(self.rank), ranks, self.groups.get(name))
 

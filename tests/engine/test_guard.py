@@ -43,7 +43,7 @@ def make(*, guarded: bool, tp: int = 1, eight_bits: Any = FP8) -> tuple[Any, Any
     axis = TensorParallel(mesh.axis("tp"), tp > 1)
     model = MODEL.build(n_valid=VOCABULARY, seq_len=SEQ_LEN, tp=axis)
     initialise(model, seed=3)
-    products = quantise(model, eight_bits, LAYERS, axis.axis) if eight_bits else {}
+    products = quantise(model, eight_bits, LAYERS, axis.axis, mesh.axis("row")) if eight_bits else {}
     column = torch.ones(linears(model)[PLANTED].weight.shape[1])
     column[COLUMN] = 0 if mesh.axis("tp").rank == 0 else 1
     linears(model)[PLANTED].register_forward_pre_hook(lambda module, inputs: (inputs[0] * column,))

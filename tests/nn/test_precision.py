@@ -187,7 +187,7 @@ def test_a_compiled_block_takes_any_layers_in_bf16_and_compiles_each_choice_once
     models, found = [], []
     for compiled in (False, True):
         model = decoder(n_layers=2)
-        products = list(quantise(model, Fp8(min_size=0, keep_first=0, keep_last=0), 2, ALONE).values())
+        products = list(quantise(model, Fp8(min_size=0, keep_first=0, keep_last=0), 2).values())
         if compiled:
             model.compile_blocks(counter)
         models.append((model, [products[i : i + 4] for i in range(0, len(products), 4)]))
@@ -324,13 +324,13 @@ def decoder(n_layers: int = MODEL.n_layers) -> Any:
 
 def test_layers_are_chosen_by_pattern_size_and_block():
     down = [f"layers.{i}.feed_forward.down" for i in range(4)]
-    assert set(quantise(decoder(), Fp8(min_size=0, layers="*.down"), 4, ALONE)) == {down[1], down[2]}
+    assert set(quantise(decoder(), Fp8(min_size=0, layers="*.down"), 4)) == {down[1], down[2]}
     every = Fp8(min_size=0, keep_first=0, keep_last=0)
     model = decoder()
-    products = quantise(model, every, 4, ALONE)
+    products = quantise(model, every, 4)
     assert set(products) == set(linears(model))
     assert all(linears(model)[name].product is product for name, product in products.items())
-    large = quantise(decoder(), dataclasses.replace(every, min_size=96 * 32), 4, ALONE)
+    large = quantise(decoder(), dataclasses.replace(every, min_size=96 * 32), 4)
     assert {name.split(".")[-1] for name in large} == {"gate_up", "to_qkv"}
 
 

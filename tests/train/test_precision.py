@@ -85,6 +85,7 @@ SLOW = pytest.mark.slow
     [
         ("tensorwise", 2, ("layout.tp=2", "layout.engine=plain")),
         ("tensorwise", 2, ("layout.engine=fsdp2", "layout.zero=2")),
+        ("tensorwise", 2, ("layout.cp=2", "layout.engine=plain")),
         pytest.param("rowwise", 2, ("layout.tp=2", "layout.engine=plain"), marks=SLOW),
         pytest.param("mx", 2, ("layout.tp=2", "layout.engine=plain"), marks=SLOW),
         pytest.param(
@@ -108,8 +109,9 @@ def test_a_run_in_eight_bits_has_one_loss_curve_under_every_layout(
     alone, cut = (metrics(tmp_path / "runs" / name) for name in ("alone", "cut"))
     assert len(alone) == len(cut) == 7
     for a, b in zip(alone, cut, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=2e-3)
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=0.02)
+        first = a["step"] == 1
+        assert b["loss"] == pytest.approx(a["loss"], rel=2e-4 if first else 2e-3)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-3 if first else 0.1)
     looks = zip(*(events(tmp_path / "runs" / name, "guard") for name in ("alone", "cut")), strict=True)
     for a, b in looks:
         assert b["errors"] == pytest.approx(a["errors"], rel=0.02 if a["before_step"] == 1 else 0.3)

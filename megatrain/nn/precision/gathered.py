@@ -13,41 +13,46 @@ from torch import Tensor
 
 from megatrain.nn.precision.recipe import GRADIENT, INPUT, WEIGHT, Recipe, Rounded, weight_gradient
 from megatrain.parallel import collectives
+from megatrain.parallel.mesh import Axis
 from megatrain.parallel.product import product_format
 from megatrain.parallel.tensor import TensorParallel
 
 
-def gathered_linear(x: Tensor, weight: Tensor, recipe: Recipe, tp: TensorParallel) -> Tensor:
-    """x W^T with the rows of x collected over the ranks: [b, t / size, i], [o, i] -> [b, t, o]."""
-    return _GatheredLinear.apply(x, weight, recipe, tp)
+def gathered_linear(x: Tensor, weight: Tensor, recipe: Recipe, tp: TensorParallel, axis: Axis) -> Tensor:
+    """x W^T with the rows of x collected over the ranks of `tp`: [b, t / size, i], [o, i] -> [b, t, o].
+
+    Ranks of `axis` hold other parts of the same operands.
+    """
+    return _GatheredLinear.apply(x, weight, recipe, tp, axis)
 
 
 class _GatheredLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: Recipe, tp: TensorParallel) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: Recipe, tp: TensorParallel, axis: Axis) -> Tensor:
         out = product_format(x)
-        ctx.recipe, ctx.tp, ctx.formats = recipe, tp, (out, x.dtype)
+        ctx.recipe, ctx.tp, ctx.axis, ctx.formats = recipe, tp, axis, (out, x.dtype)
         kept = x.to(out)
         ctx.save_for_backward(kept, weight)
         with torch.autocast(x.device.type, enabled=False):
-            mine = recipe.round(kept.flatten(0, -2), INPUT, tp.axis)
+            mine = recipe.round(kept.flatten(0, -2), INPUT, axis)
             rows = collected(mine, x.shape[0], tp)
-            y = recipe.multiply(rows, recipe.round(weight.to(out), WEIGHT, tp.axis), out)
+            y = recipe.multiply(rows, recipe.round(weight.to(out), WEIGHT, axis), out)
         return y.unflatten(0, (x.shape[0], -1))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (kept, weight), recipe, tp, (out, x_format) = ctx.saved_tensors, ctx.recipe, ctx.tp, ctx.formats
+        (kept, weight), recipe, tp, axis = ctx.saved_tensors, ctx.recipe, ctx.tp, ctx.axis
+        out, x_format = ctx.formats
         with torch.autocast(kept.device.type, enabled=False):
             coming = collectives.start_all_gather(kept, tp.axis)
             g = grads[0].to(out).flatten(0, -2)
-            by = recipe.round(weight.to(out).T, WEIGHT, tp.axis)
-            grad_x = recipe.multiply(recipe.round(g, GRADIENT, tp.axis), by, out)
+            by = recipe.round(weight.to(out).T, WEIGHT, axis)
+            grad_x = recipe.multiply(recipe.round(g, GRADIENT, axis), by, out)
             grad_x = grad_x.unflatten(0, grads[0].shape[:2]).to(x_format)
             leaving = collectives.start_reduce_scatter(grad_x, tp.axis)
             rows = collectives.wait(coming).flatten(0, -2)
-            grad_weight = weight_gradient(g, rows, weight, recipe, tp.axis)
-        return collectives.wait(leaving), grad_weight, None, None
+            grad_weight = weight_gradient(g, rows, weight, recipe, axis)
+        return collectives.wait(leaving), grad_weight, None, None, None
 
 
 def collected(mine: Rounded, batch: int, tp: TensorParallel) -> Rounded:

@@ -54,10 +54,11 @@ class Quantised:
     of them.
     """
 
-    def __init__(self, recipe: Recipe, axis: Axis = ALONE, partial: bool = False):
+    def __init__(self, recipe: Recipe, axis: Axis = ALONE, summed_over: Axis = ALONE):
         self.recipe, self.axis = recipe, axis
-        self.partial = partial
-        """Outputs are added up over the ranks of `axis`, so that only their sum can be off."""
+        """How operands are rounded, and the ranks that hold other parts of the same ones."""
+        self.summed_over = summed_over
+        """Ranks whose outputs are added up, so that only their sum can be off."""
         self.demoted = False
         """Multiply in the format of the run instead."""
         self.measuring: Tensor | None = None
@@ -77,7 +78,7 @@ class Quantised:
             self._measure(tp.enter(x), weight)
         if self.demoted:
             return column_linear(x, weight, bias, tp) if overlaps(x, tp) else linear(tp.enter(x), weight, bias)
-        y = gathered_linear(x, weight, self.recipe, tp)
+        y = gathered_linear(x, weight, self.recipe, tp, self.axis)
         return y if bias is None else y + bias.to(y.dtype)
 
     @torch.no_grad()
@@ -86,8 +87,8 @@ class Quantised:
         out = product_format(x)
         exact = linear(x, weight).float()
         off = quantised_linear(x, weight, None, self.recipe, self.axis).float() - exact
-        if self.partial and self.axis.size > 1:
-            exact, off = all_reduce(torch.stack([exact, off]), self.axis.group).unbind()
+        if self.summed_over.size > 1:
+            exact, off = all_reduce(torch.stack([exact, off]), self.summed_over.group).unbind()
         operands = [(x.to(out).flatten(0, -2), INPUT), (weight.to(out), WEIGHT)]
         lost = torch.zeros(2, device=x.device)
         for operand, what in operands:

@@ -10,7 +10,7 @@ from torch import nn
 
 from megatrain.nn.precision.quantised import Quantised
 from megatrain.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from megatrain.parallel.mesh import Axis
+from megatrain.parallel.mesh import ALONE, Axis
 from megatrain.parallel.shard import shard_of
 
 MULTIPLE = 16
@@ -97,13 +97,17 @@ def selection_problems(model: nn.Module, selection: Selection, n_layers: int, ke
     return problems[:4]
 
 
-def quantise(model: nn.Module, selection: Any, n_layers: int, axis: Axis) -> dict[str, Quantised]:
+def quantise(
+    model: nn.Module, selection: Any, n_layers: int, tp: Axis = ALONE, row: Axis = ALONE
+) -> dict[str, Quantised]:
     """Let the selected layers multiply by the recipe `selection`; its products by the layers' names.
 
     Args:
-        axis: the tensor-parallel ranks, which agree on the scale of an operand that is spread over them.
+        tp: the tensor-parallel ranks, over which outputs of row-parallel layers are added up.
+        row: these and the context-parallel ones, which agree on the scale of an operand that is spread over them.
     """
     products = {}
     for name, layer in selected(model, selection, n_layers).items():
-        layer.product = products[name] = Quantised(selection, axis, isinstance(layer, RowParallelLinear))
+        summed_over = tp if isinstance(layer, RowParallelLinear) else ALONE
+        layer.product = products[name] = Quantised(selection, row, summed_over)
     return products
