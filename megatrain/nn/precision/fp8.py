@@ -27,8 +27,8 @@ class Fp8(Selection):
     """
 
     kind: Literal["tensorwise", "rowwise", "mx"] = "tensorwise"
-    """tensorwise: one scale for an operand, agreed over the ranks that hold its parts; rowwise: one for each row that is
-    summed over, of what the rank holds, rounded to a power of 2; mx: such a one for each 32 numbers of a row (MXFP8)."""
+    """tensorwise: one scale for an operand, agreed over the ranks that hold its parts; rowwise: one for each row that
+    is summed over, of what the rank holds, rounded to a power of 2; mx: one for each 32 numbers of a row (MXFP8)."""
     gradient: Literal["e4m3", "e5m2"] | None = None
     """Format of output gradients; by default e5m2 (more range) tensorwise and e4m3 (more digits) else."""
     weight_gradient: Literal["low", "high"] = "high"
