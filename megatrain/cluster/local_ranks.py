@@ -173,10 +173,10 @@ def _signals_handed_to(ranks: Sequence[_Rank]) -> Iterator[list[int]]:
             rank.send(signal.SIGINT if len(interrupts) == 1 else signal.SIGKILL)
 
     def terminate(number: int, frame: object) -> None:
-        if not terminated:  # asking twice adds nothing: they are saving
+        terminated.append(number)  # first of all: the next signal may come while this one is handed on
+        if len(terminated) == 1:  # asking twice adds nothing: they are saving
             for rank in ranks:
                 rank.send(signal.SIGTERM)
-        terminated.append(number)
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread hears signals
         yield interrupts

@@ -49,7 +49,7 @@ def played(run: Run, world: int, rank: int, vocab: int) -> dict[str, Any]:
     mesh = run.layout.mesh(world).at(rank).connect()
     watch = Watch(late_reads=1)
     with FakeTensorMode(), fake_cuda.card(watch.note_wait), mock.patch.object(DeviceMesh, "from_group", mesh_of_group):
-        trainer = trainer_of(run, vocab, most_documents=1, mesh=mesh)
+        trainer = trainer_of(run, vocab, packed=False, mesh=mesh)
         with Watch():  # the first step makes the optimiser's state, and a pipeline's buffers
             trainer.step()
         engine: Any = trainer.engine
