@@ -84,7 +84,7 @@ SLOW = pytest.mark.slow
     ("kind", "ranks", "words"),
     [
         ("tensorwise", 2, ("layout.tp=2", "layout.engine=plain")),
-        ("tensorwise", 2, ("layout.engine=fsdp2", "layout.zero=2")),
+        pytest.param("tensorwise", 2, ("layout.engine=fsdp2", "layout.zero=2"), marks=SLOW),
         ("tensorwise", 2, ("layout.cp=2", "layout.engine=plain")),
         pytest.param("rowwise", 2, ("layout.tp=2", "layout.engine=plain"), marks=SLOW),
         pytest.param("mx", 2, ("layout.tp=2", "layout.engine=plain"), marks=SLOW),
