@@ -19,7 +19,10 @@ _LAUNCH = re.compile(r"(triton_\w+)\.run\(|extern_kernels\.(\w+)\(|torch\.ops\.(
 
 @contextlib.contextmanager
 def code_for(capability: int = 90) -> Iterator[None]:
-    """Let Inductor write code for a card of this compute capability, 90 for 9.0 (H100)."""
+    """Let Inductor write code for a card of this compute capability, 90 for 9.0 (H100).
+
+    For a process of its own: what Inductor and Triton have been told of the card they do not forget afterwards.
+    """
     import torch._dynamo.device_interface as interfaces
     import torch._inductor.config as inductor
     import triton

@@ -48,9 +48,9 @@ def config_of(commit: Commit) -> dict[str, Any]:
     )
 
 
-def trained_here(commit: Commit) -> bool:
-    """Whether a run of ours wrote it, and not a conversion."""
-    return "train" in config_of(commit)
+def trained_here(config: dict[str, Any]) -> bool:
+    """Whether a checkpoint's config is that of a run of ours, and not of a conversion."""
+    return "train" in config
 
 
 def build_model(commit: Commit, *, n_valid: int | None = None, dtype: torch.dtype = torch.float32) -> Any:

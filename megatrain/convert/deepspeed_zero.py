@@ -22,7 +22,8 @@ from megatrain.convert.pickled import Placeholder, load_pickled
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)")
+_RANK = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)")
+"""Data-parallel rank, which stage 0 has none of, and tensor-parallel rank."""
 
 
 @dataclass(frozen=True)
@@ -212,13 +213,11 @@ def _by_rank(folder: Path, pattern: str) -> list[Path]:
     found = {}
     for path in folder.glob(pattern):
         match = _RANK.search(path.name)
-        plain = re.search(r"mp_rank_(\d+)", path.name)
-        if not match and not plain:
+        if match is None:
             raise CheckpointError(f"{path} names no rank: DeepSpeed's files say mp_rank_00")
-        tensor_rank = int(match[2]) if match else int(plain[1])  # type: ignore[index]
-        if tensor_rank:
+        if int(match[2]):
             raise CheckpointError(f"{path} is of a model cut over tensor-parallel ranks: convert one that is not")
-        found[int(match[1]) if match else 0] = path
+        found[int(match[1] or 0)] = path
     if not found and "model" in pattern:
         raise CheckpointError(f"{folder} has no {pattern}: it is not whole")
     return [found[rank] for rank in sorted(found)]

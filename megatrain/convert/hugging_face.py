@@ -295,7 +295,7 @@ def _write_tokenizer(folder: Path, commit: Commit) -> int | None:
     except DataError as error:
         warn("the model is written without a tokenizer: %s", error)
         return None
-    if trained_here(commit):
+    if trained_here(config_of(commit)):
         content = with_in_front(content, tokenizer.end_of_document)
     (folder / TOKENIZER).write_bytes(content)
     if not (folder / "tokenizer_config.json").exists():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatrain.base.errors import ConfigError, RunError
 from megatrain.base.random import generator
+from megatrain.checkpoint.model import trained_here
 from megatrain.generate.choose import Choosing
 from megatrain.generate.load import Loaded
 from megatrain.generate.text import StopStrings, TextStream
@@ -139,7 +140,7 @@ def encode_prompt(loaded: Loaded, prompt: str) -> list[int]:
     prompt either, an end-of-document token).
     """
     end = loaded.tokenizer.end_of_document
-    begin = [end] if "train" in loaded.config else loaded.tokenizer.put_in_front
+    begin = [end] if trained_here(loaded.config) else loaded.tokenizer.put_in_front
     return [*begin, *loaded.tokenizer.encode(prompt)] or [end]
 
 

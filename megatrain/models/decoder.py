@@ -319,8 +319,8 @@ class DecoderModel(nn.Module):
         Args:
             hidden: what the stage before gave; None where there is none.
         """
-        whole = Where(batch.positions, batch.documents, batch.most_documents)
-        whole.by_documents = takes_borders(next(self.parameters()), self.choice.width_of_head)
+        by_documents = takes_borders(next(self.parameters()), self.choice.width_of_head)
+        whole = Where(batch.positions, batch.documents, batch.most_documents, by_documents)
         # attention sees whole rows, whichever tokens this rank computes
         mask = self.cp.prepare(self.choice.attention, whole)
         where = Where(batch.own(batch.positions), batch.own(batch.documents), batch.most_documents, mask=mask)

@@ -42,14 +42,12 @@ def attention_kernel(run: Run, device: Device) -> str:
         return torch.empty(1, max(1, n // ranks), tokens, model.width_of_head, dtype=dtype, device=device.torch)
 
     q, k = heads(model.n_heads), heads(model.kv_heads)
-    mask = None
-    if not ring and not model.attention.plain(run.data.mask_documents, run.data.seq_len):
-        with torch.autocast(device.kind, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            if takes_borders(q, model.width_of_head):
-                return f"{KERNELS['FLASH_ATTENTION']}, from document to document"
-    if not model.attention.plain(run.data.mask_documents, run.data.seq_len):
-        mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=device.torch)
+    plain, mask = model.attention.plain(run.data.mask_documents, run.data.seq_len), None
     with torch.autocast(device.kind, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        if not plain and not ring and takes_borders(q, model.width_of_head):
+            return f"{KERNELS['FLASH_ATTENTION']}, from document to document"
+        if not plain:
+            mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=device.torch)
         name = kernel_for_parts(q, mask) if ring else kernel_for(q, k, k, mask, causal=True)
     return name if mask is None else f"{name} with a mask, since {why_masked(run)}"
 

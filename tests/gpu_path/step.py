@@ -93,6 +93,7 @@ def watched(run: Run, vocab: int, packed: bool, plant: str | None = None) -> dic
         counted = {} if plant else flops_of(trainer)
     formula = run.model.flops_per_token(vocab, run.data.seq_len)
     return {
+        "places": PLACES if packed else 1,
         "syncs": [str(f) for f in watch.syncs],
         "mixes": [str(f) for f in watch.mixes],
         "raised": raised,

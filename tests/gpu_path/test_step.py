@@ -18,7 +18,6 @@ ROOT = Path(__file__).parents[2]
 BUDGETS = Path(__file__).with_name("budgets.yaml")
 
 ONE_CARD = ("layout.engine=plain", "layout.zero=0", "layout.recompute=none")
-PLACES = 8  # for documents in a packed row: as many as step.py says
 SMALL = ("train.global_batch=1", "layout.micro_batch=1")
 
 STEPS: dict[str, tuple[list[str], tuple[str, ...]]] = {
@@ -57,10 +56,8 @@ def step(name: str) -> dict[str, Any]:
     """What was seen of the second step."""
     configs, changes = STEPS[name]
     seen = lines_of_run(configs, *ONE_CARD, *changes)[0]
-    if "--packed" in changes:  # torch counts each place for a document as a whole row
-        counted = seen["counted_flops"]
-        seen["counted_flops"] = {op: n // PLACES if "attention" in op else n for op, n in counted.items()}
-    return seen
+    counted, places = seen["counted_flops"], seen["places"]  # torch counts each place for a document as a whole row
+    return seen | {"counted_flops": {op: n // places if "attention" in op else n for op, n in counted.items()}}
 
 
 @pytest.mark.parametrize("name", STEPS)

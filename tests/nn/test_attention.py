@@ -1,5 +1,7 @@
 """Every registered attention kind: equal to its slow twin, blind to the future and to other documents."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -222,7 +224,17 @@ def test_the_borders_of_documents_are_their_first_tokens_and_then_nothing():
     assert where((T,), (T,)).borders().starts.tolist() == [0, T, 2 * T]
 
 
-def test_borders_are_taken_by_cards_in_sixteen_bits_alone():
-    x = torch.empty(1, dtype=torch.bfloat16, device="meta")
-    assert not takes_borders(x, 64)
-    assert not takes_borders(torch.empty(1), 64)
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "taken"),
+    [
+        ("cuda", torch.bfloat16, 64, True),
+        ("cuda", torch.float16, 256, True),
+        ("cuda", torch.float32, 64, False),
+        ("cuda", torch.bfloat16, 60, False),
+        ("cuda", torch.bfloat16, 264, False),
+        ("cpu", torch.bfloat16, 64, False),
+    ],
+)
+def test_borders_are_taken_by_cards_in_sixteen_bits_alone(device, dtype, head_dim, taken):
+    activations = SimpleNamespace(device=torch.device(device), dtype=dtype)  # there is no card to hold any
+    assert takes_borders(activations, head_dim) is taken

@@ -5,7 +5,7 @@
 
 For each setting and seed the same model is trained on the same tokens. The table gives the mean difference from the
 baseline with its interval (Student's t over seeds, 95%); `--out` gets the raw lines, the table and a picture.
-Curves that are there from a call that was stopped are not trained again.
+Curves that are there, of the same data and steps, from a call that was stopped are not trained again.
 """
 
 import argparse
@@ -203,7 +203,11 @@ def main() -> None:
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         lines = read_json_lines(options.out / f"{options.group}.jsonl")
-        known = [Curve(line["setting"], line["seed"], [tuple(point) for point in line["points"]]) for line in lines]
+        known = [
+            Curve(line["setting"], line["seed"], [tuple(point) for point in line["points"]])
+            for line in lines
+            if line.get("data") == options.data
+        ]
     begin = time.process_time()
     for curve in curves(options.group, options.data, options.steps, options.seeds, settings, every, known):
         found.append(curve)
@@ -214,7 +218,7 @@ def main() -> None:
         )
         if options.out:
             with open(options.out / f"{options.group}.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(dataclasses.asdict(curve)) + "\n")
+                file.write(json.dumps({"data": options.data} | dataclasses.asdict(curve)) + "\n")
     print(table(found))
     if options.out:
         (options.out / f"{options.group}.txt").write_text(table(found) + "\n", encoding="utf-8")

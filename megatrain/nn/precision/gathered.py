@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatrain.nn.precision.recipe import GRADIENT, INPUT, WEIGHT, Recipe, Rounded, weight_gradient
+from megatrain.nn.precision.recipe import INPUT, WEIGHT, Recipe, Rounded, input_gradient, weight_gradient
 from megatrain.parallel import collectives
 from megatrain.parallel.mesh import Axis
 from megatrain.parallel.product import product_format
@@ -46,8 +46,7 @@ class _GatheredLinear(torch.autograd.Function):
         with torch.autocast(kept.device.type, enabled=False):
             coming = collectives.start_all_gather(kept, tp.axis)
             g = grads[0].to(out).flatten(0, -2)
-            by = recipe.round(weight.to(out).T, WEIGHT, axis)
-            grad_x = recipe.multiply(recipe.round(g, GRADIENT, axis), by, out)
+            grad_x = input_gradient(g, weight, recipe, axis, out)
             grad_x = grad_x.unflatten(0, grads[0].shape[:2]).to(x_format)
             leaving = collectives.start_reduce_scatter(grad_x, tp.axis)
             rows = collectives.wait(coming).flatten(0, -2)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatrain.nn.precision.gathered import gathered_linear
-from megatrain.nn.precision.recipe import GRADIENT, INPUT, WEIGHT, Recipe, weight_gradient
+from megatrain.nn.precision.recipe import INPUT, WEIGHT, Recipe, input_gradient, weight_gradient
 from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.mesh import ALONE, Axis
 from megatrain.parallel.overlapped import column_linear, overlaps
@@ -39,9 +39,7 @@ class _QuantisedLinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             g, rows = grads[0].to(out).flatten(0, -2), x.flatten(0, -2)
             if ctx.needs_input_grad[0]:
-                by = recipe.round(weight.to(out).T, WEIGHT, axis)
-                grad_x = recipe.multiply(recipe.round(g, GRADIENT, axis), by, out).unflatten(0, x.shape[:-1])
-                grad_x = grad_x.to(ctx.format)
+                grad_x = input_gradient(g, weight, recipe, axis, out).unflatten(0, x.shape[:-1]).to(ctx.format)
             if ctx.needs_input_grad[1]:
                 grad_w = weight_gradient(g, rows, weight, recipe, axis)
         return grad_x, grad_w, None, None

@@ -54,6 +54,12 @@ class Recipe(Protocol):
         ...
 
 
+def input_gradient(g: Tensor, weight: Tensor, recipe: Recipe, axis: Axis, out: torch.dtype) -> Tensor:
+    """g weight: [n, o], [o, i] -> [n, i], in the format `out`."""
+    by = recipe.round(weight.to(out).T, WEIGHT, axis)
+    return recipe.multiply(recipe.round(g, GRADIENT, axis), by, out)
+
+
 def weight_gradient(g: Tensor, rows: Tensor, weight: Tensor, recipe: Recipe, axis: Axis) -> Tensor:
     """g^T rows: [n, o], [n, i] -> float32 [o, i], in the format that the recipe says."""
     if recipe.weight_gradient == "high":
