@@ -225,10 +225,14 @@ def through_two_layers(recipe: Any, tp_size: int) -> dict[str, Tensor]:
         layers["up"].weight *= 1 + (torch.arange(64 // tp_size) + first)[:, None] / 8  # parts of unequal size
     for layer in layers.values():
         layer.product = Quantised(recipe, tp.axis)
+    layers["down"].product.summed_over = tp.axis
+    for layer in layers.values():
+        layer.product.measuring = torch.zeros(5)
     x = leaf(2, 8, 32)
     y = layers["down"](F.silu(layers["up"](x)))
     y.backward(leaf(2, 8, 32, seed=4).detach())
-    whole = {"y": y.detach(), "x": x.grad}
+    error, size, *_ = layers["down"].product.measuring
+    whole = {"y": y.detach(), "x": x.grad, "error of down": (error / size).sqrt()}
     for name, layer in layers.items():
         whole[name] = layer.weight.grad
     return whole
@@ -243,6 +247,7 @@ def test_tensorwise_scales_are_agreed_over_tensor_parallel_ranks(recipe):
         "x": a["x"],
         "up": torch.cat([a["up"], b["up"]]),
         "down": torch.cat([a["down"], b["down"]], 1),
+        "error of down": a["error of down"],  # of the sum, and not of a rank's part of it
     }
     assert torch.equal(a["y"], b["y"])
     # values of fp8 are equal bit for bit; sums over ranks round otherwise

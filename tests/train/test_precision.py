@@ -103,16 +103,20 @@ def test_a_run_in_eight_bits_has_one_loss_curve_under_every_layout(
     """As near as bf16 lets it be: sums over ranks round otherwise, and some numbers then fall on the other side."""
     fp8 = EIGHT_BITS["precision__fp8"] | {"kind": kind, "guard_limit": 0.5}
     changes = EIGHT_BITS | {"precision__fp8": fp8, "model__d_ff": 64, "layout__micro_batch": 1}
+    changes |= {"optimizer__lr": 1e-3}  # large steps would amplify roundings, more on some texts than on others
     path = write_run(tmp_path, text_data, **changes)
     train(read_run(path, ["name=alone"]).run)
     run(on_ranks, ranks, str(path), ("name=cut", *words), timeout=600)
     alone, cut = (metrics(tmp_path / "runs" / name) for name in ("alone", "cut"))
     assert len(alone) == len(cut) == 7
     for a, b in zip(alone, cut, strict=True):
-        first = a["step"] == 1
-        assert b["loss"] == pytest.approx(a["loss"], rel=2e-4 if first else 2e-3)
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-3 if first else 0.1)
+        assert b["loss"] == pytest.approx(a["loss"], rel=2e-4)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-3 if a["step"] == 1 else 0.01)
     looks = zip(*(events(tmp_path / "runs" / name, "guard") for name in ("alone", "cut")), strict=True)
     for a, b in looks:
-        assert b["errors"] == pytest.approx(a["errors"], rel=0.02 if a["before_step"] == 1 else 0.3)
+        # A scale that is off by a bit rounds a whole operand otherwise, whose error is then another draw of as much.
+        assert b["errors"] == pytest.approx(a["errors"], rel=0.15)
+        if a["before_step"] == 1:  # these see the same bits
+            for name in ("layers.0.attention.to_qkv", "layers.0.attention.to_out"):
+                assert b["errors"][name] == pytest.approx(a["errors"][name], rel=0.02)
         assert b["loss_gap"] == pytest.approx(a["loss_gap"], abs=2e-3)
