@@ -33,6 +33,8 @@ def dtype_table(precision: Precision, *, engine: str, zero: int, moments: str, e
         table["router"] = "fp32"
     if precision.eight_bits is not None:
         table |= _eight_bits(precision.eight_bits)
+        if engine == "fsdp2" and precision.eight_bits.one_scale:
+            table["parameters sent in"] = f"{kept}, those of fp8 layers in e4m3"
     return table
 
 

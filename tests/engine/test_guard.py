@@ -92,7 +92,7 @@ def test_a_planted_outlier_is_demoted_alone_and_promoted_when_it_goes():
     assert abs(before.loss_gap) < 0.05 < abs(gone.loss_gap)
     off = [abs(a - b) for a, b in zip(free["losses"], exact["losses"], strict=True)]
     held = [abs(a - b) for a, b in zip(guarded["losses"], exact["losses"], strict=True)]
-    assert max(held[8:END]) < 0.05 < max(off[8:END]), (held, off)
+    assert 2 * max(held[8:END]) < max(off[8:END]) > 0.2, (held, off)  # what is held is off by eight bits alone
 
 
 def test_stopping_and_resuming_changes_nothing():

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from tools.bench import curves as program
-from tools.bench.curves import FAILING, SETTINGS, Curve, chosen, differences, table, train
+from tools.bench.curves import FAILING, Curve, chosen, differences, table, train
 
 SMALL = (
     "model.d_model=64", "model.n_layers=2", "model.n_heads=4", "model.n_kv_heads=4", "model.d_ff=128",
     "data.seq_len=32", "train.eval_batches=16", "optimizer.kind=muon", "optimizer.lr=2e-2",
 )  # fmt: skip
 """Muon makes blocks matter within so few steps."""
-GOOD = [name for name in SETTINGS["precision"] if name not in ("fp32", FAILING)]
+GOOD = ["bf16", "fp8-tensorwise", "fp8-rowwise", "fp8-mx", "int8"]
 
 
 def curves(data: Path, settings: list[str], steps: int, seeds: int, more: tuple[str, ...]) -> list[Curve]:
@@ -27,7 +27,7 @@ def curves(data: Path, settings: list[str], steps: int, seeds: int, more: tuple[
 
 
 def test_eight_bits_learn_as_float32_and_gradients_without_scales_do_not(text_data: Path) -> None:
-    some = ["fp8-tensorwise", "int8"]  # the others are in the long test
+    some = ["fp8-tensorwise", "int8-low"]  # the others are in the long test
     found = curves(text_data, some, 60, 1, SMALL)
     for setting in some:
         assert abs(differences(found, setting, "fp32")[0]) < 0.015, table(found)
@@ -35,6 +35,7 @@ def test_eight_bits_learn_as_float32_and_gradients_without_scales_do_not(text_da
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(4 * 3600)
 def test_formats_cost_less_than_half_a_percent_over_a_thousand_steps_of_three_seeds(text_data: Path) -> None:
     found = curves(text_data, GOOD, 1000, 3, ("train.eval_batches=8",))
     print(table(found))
@@ -61,6 +62,7 @@ def test_moments_in_eight_bits_learn_as_those_in_float32(text_data: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_moments_in_eight_bits_cost_less_than_half_a_percent_over_three_seeds(text_data: Path) -> None:
     found = of_optimizers(text_data, 400, 3, ())
     print(table(found))
@@ -81,6 +83,6 @@ def test_what_a_stopped_call_has_trained_is_not_trained_again(monkeypatch):
     monkeypatch.setattr(program, "chosen", lambda group, setting, data, steps, seed: seed)
     monkeypatch.setattr(program, "train", lambda seed, setting, every: trained.append((setting, seed)) or "new")
     known = [Curve("a", 0, [(2, 5.0), (3, 4.0)]), Curve("b", 0, [(3, 4.0)]), Curve("a", 1, [(2, 5.0), (4, 4.0)])]
-    found = list(program.curves("precision", "data", 3, 2, ["a", "b"], 2, known))
+    found = list(program.curves("precision", "data", 3, range(2), ["a", "b"], 2, known))
     assert found == [known[0], "new", "new", "new"]
     assert trained == [("b", 0), ("a", 1), ("b", 1)]

@@ -60,10 +60,14 @@ SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "precision": {
         "fp32": (),
         "bf16": (*BF16, "precision.parameters=bf16"),
-        "fp8-tensorwise": eight_bits("fp8", weight_gradient="low"),
-        "fp8-rowwise": eight_bits("fp8", kind="rowwise", weight_gradient="low"),
-        "fp8-mx": eight_bits("fp8", kind="mx", weight_gradient="low"),
-        "int8": eight_bits("int8", weight_gradient="low"),
+        "fp8-tensorwise": eight_bits("fp8"),
+        "fp8-rowwise": eight_bits("fp8", kind="rowwise"),
+        "fp8-mx": eight_bits("fp8", kind="mx"),
+        "int8": eight_bits("int8"),
+        "fp8-tensorwise-low": eight_bits("fp8", weight_gradient="low"),
+        "fp8-rowwise-low": eight_bits("fp8", kind="rowwise", weight_gradient="low"),
+        "fp8-mx-low": eight_bits("fp8", kind="mx", weight_gradient="low"),
+        "int8-low": eight_bits("int8", weight_gradient="low"),
         FAILING: eight_bits("fp8", weight_gradient="low"),
     },
     "optimizers": {
@@ -128,12 +132,12 @@ def train(run: Run, setting: str, every: int) -> Curve:
 
 
 def curves(
-    group: str, data: str, steps: int, seeds: int, settings: list[str], every: int, known: list[Curve]
+    group: str, data: str, steps: int, seeds: range, settings: list[str], every: int, known: list[Curve]
 ) -> Iterator[Curve]:
     """A curve for each seed and setting: the known one, if it was evaluated at the same steps, or a new one."""
     wanted = [*range(every, steps, every), steps]
     there = {(c.setting, c.seed): c for c in known if [step for step, _ in c.points] == wanted}
-    for seed in range(seeds):
+    for seed in seeds:
         for setting in settings:
             yield there.get((setting, seed)) or train(chosen(group, setting, data, steps, seed), setting, every)
 
@@ -191,6 +195,7 @@ def main() -> None:
     parser.add_argument("--data", default="demo/data")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=0, help="steps between evaluations (a fifth of all by default)")
     parser.add_argument("--settings", nargs="*", help="some of the group's, the baseline first")
     parser.add_argument("--out", type=Path, help="folder for the raw lines, the table and the picture")
@@ -209,7 +214,8 @@ def main() -> None:
             if line.get("data") == options.data
         ]
     begin = time.process_time()
-    for curve in curves(options.group, options.data, options.steps, options.seeds, settings, every, known):
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    for curve in curves(options.group, options.data, options.steps, seeds, settings, every, known):
         found.append(curve)
         if any(curve is one for one in known):
             continue

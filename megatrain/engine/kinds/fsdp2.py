@@ -25,6 +25,9 @@ from megatrain.engine.passes import mean, summed
 from megatrain.engine.pipeline import passes_of
 from megatrain.models.stages import Stages
 from megatrain.nn.batch import Batch
+from megatrain.nn.precision.quantised import Quantised
+from megatrain.nn.precision.select import linears
+from megatrain.nn.precision.sharded import Agreed, ShardedWeight, agree
 from megatrain.optim.norm import Pieces, clip_divisor, global_norm, refused
 from megatrain.optim.optimizer import guarded, set_lr, set_step_count, step_count
 from megatrain.optim.steps import load
@@ -91,7 +94,9 @@ class Fsdp2Engine:
         if problems := parts.optimizer.unmatched(parts.all_names or known):
             raise ConfigError(problems)
         self.passes = passes_of(parts, mesh)  # before parameters are replaced and forget their shards
+        gather_in_eight_bits(self.model, self.data)
         self.sharded = shard_model(self.model, self.data, parts)
+        self.row, self.in_eight_bits = mesh.axis("row"), list(sharded_weights(self.model))
         self.rows = {name: rows_of(p, known[name], self.data) for name, p in self.model.named_parameters()}
         trained = {name: h.master for name, h in self.rows.items() if h.parameter.requires_grad}
         self.optimizer = parts.optimizer.build(trained)
@@ -100,6 +105,7 @@ class Fsdp2Engine:
 
     def step(self, batch: Batch, lr: float, most_loss: float = math.inf) -> StepReport:
         batch = batch.to(self.device)
+        agree(self.in_eight_bits, self.row)
         tokens = self.passes.global_tokens(batch)
         divisor = tokens / self.data.size  # fully_shard averages over the ranks
         loss_sum = self.passes.forward_backward(batch, divisor, self._backward)
@@ -137,6 +143,7 @@ class Fsdp2Engine:
         return pieces
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        agree(self.in_eight_bits, self.row)
         result = self.passes.evaluate(batch)
         for module in self.sharded:  # what it gathered must not outlive the weights
             module.reshard()
@@ -191,9 +198,29 @@ def shard_model(model: Any, data: Axis, parts: Parts) -> list[Any]:
     return blocks + roots
 
 
+def gather_in_eight_bits(model: nn.Module, data: Axis) -> None:
+    """Let weights that are multiplied in eight bits by one scale travel over the ranks of `data` in eight bits.
+
+    Those that the ranks cannot share evenly stay as they are: fully_shard pads a copy of them.
+    """
+    for layer in linears(model).values():
+        product, even = layer.product, layer.weight.shape[0] % data.size == 0
+        if isinstance(product, Quantised) and product.recipe.one_scale and even:
+            weight, product.rows_over = layer.weight, data
+            recipe: Any = product.recipe  # of one scale
+            agreed, scale = Agreed(recipe, data, torch.bfloat16), torch.zeros((), device=weight.device)
+            layer.weight = nn.Parameter(ShardedWeight(weight.detach(), scale, agreed), weight.requires_grad)
+
+
+def sharded_weights(model: nn.Module) -> Iterator[ShardedWeight]:
+    locals_: Iterator[Any] = (p.to_local().detach() for p in model.parameters())  # type: ignore[attr-defined]
+    return (local for local in locals_ if isinstance(local, ShardedWeight))
+
+
 def rows_of(p: Any, shard: Shard, data: Axis) -> Rows:
     """What this rank holds of `p`: whole rows of it, cut as `torch.chunk` cuts them."""
     local = p.to_local().detach()
+    local = local.rows if isinstance(local, ShardedWeight) else local
     shape = shard.local_shape
     each = -(-shape[0] // data.size)
     first = min(shape[0], data.rank * each)

@@ -34,6 +34,10 @@ class Fp8(Selection):
     weight_gradient: Literal["low", "high"] = "high"
     """high leaves the products that make weight gradients in the format of the run."""
 
+    @property
+    def one_scale(self) -> bool:
+        return self.kind == "tensorwise"
+
     def card_problem(self, capability: tuple[int, int] | None) -> str:
         """Why a card of this compute capability cannot do it; empty where it can, and on a CPU, which emulates it."""
         if capability is None or capability >= ((10, 0) if self.kind == "mx" else (8, 9)):
@@ -59,15 +63,20 @@ class Fp8(Selection):
             x = mx.padded(x)
             inverse = power_of_2(mx.largest(x).clamp(min=SMALLEST_AMAX) / torch.finfo(dtype).max)
             return Rounded(cast(x.float() / mx.spread(inverse), dtype), inverse)
-        if self.kind == "tensorwise":
+        if self.one_scale:
             amax = x.abs().amax() if x.numel() else x.new_zeros(())
             amax = amax.float() if axis.size == 1 else all_reduce(amax.float(), axis.group, "max")
         else:
             amax = x.abs().amax(-1, keepdim=True).float()
-        inverse = amax.clamp(min=SMALLEST_AMAX) / torch.finfo(dtype).max
-        if self.kind == "rowwise":
-            inverse = power_of_2(inverse)
-        return Rounded(cast(x.float() / inverse, dtype), inverse)
+        return self.by_scale(x, what, self.scale(amax, what))
+
+    def scale(self, amax: Tensor, what: str) -> Tensor:
+        """By which numbers of at most this size become those of the format: of a whole operand, or of its rows."""
+        inverse = amax.clamp(min=SMALLEST_AMAX) / torch.finfo(self.format(what)).max
+        return power_of_2(inverse) if self.kind == "rowwise" else inverse
+
+    def by_scale(self, x: Tensor, what: str, scale: Tensor) -> Rounded:
+        return Rounded(cast(x.float() / scale, self.format(what)), scale)
 
     def multiply(self, a: Rounded, b: Rounded, out: torch.dtype) -> Tensor:
         if self.kind == "mx":

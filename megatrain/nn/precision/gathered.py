@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatrain.nn.precision.recipe import INPUT, WEIGHT, Recipe, Rounded, input_gradient, weight_gradient
+from megatrain.nn.precision.products import input_gradient, output, weight_gradient
+from megatrain.nn.precision.recipe import INPUT, Recipe, Rounded
 from megatrain.parallel import collectives
 from megatrain.parallel.mesh import Axis
 from megatrain.parallel.product import product_format
@@ -35,8 +36,7 @@ class _GatheredLinear(torch.autograd.Function):
         ctx.save_for_backward(kept, weight)
         with torch.autocast(x.device.type, enabled=False):
             mine = recipe.round(kept.flatten(0, -2), INPUT, axis)
-            rows = collected(mine, x.shape[0], tp)
-            y = recipe.multiply(rows, recipe.round(weight.to(out), WEIGHT, axis), out)
+            y = output(collected(mine, x.shape[0], tp), weight, recipe, axis, out)
         return y.unflatten(0, (x.shape[0], -1))
 
     @staticmethod

@@ -28,6 +28,10 @@ class Int8(Selection):
     """Round output gradients up or down by chance, so that their mean is exact. The chance is a hash of the element's
     place and of its row's scale: no state, and other bits in every step."""
 
+    @property
+    def one_scale(self) -> bool:
+        return False
+
     def card_problem(self, capability: tuple[int, int] | None) -> str:
         """Why a card of this compute capability cannot do it; empty where it can, and on a CPU, which emulates it."""
         if capability is None or capability >= (7, 5):

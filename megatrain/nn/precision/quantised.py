@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from megatrain.nn.precision.gathered import gathered_linear
-from megatrain.nn.precision.recipe import INPUT, WEIGHT, Recipe, input_gradient, weight_gradient
+from megatrain.nn.precision.products import input_gradient, output, weight_gradient
+from megatrain.nn.precision.recipe import INPUT, WEIGHT, Recipe
+from megatrain.nn.precision.sharded import exact
 from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.mesh import ALONE, Axis
 from megatrain.parallel.overlapped import column_linear, overlaps
@@ -28,7 +30,7 @@ class _QuantisedLinear(torch.autograd.Function):
         ctx.save_for_backward(x.to(out), weight)
         with torch.autocast(x.device.type, enabled=False):
             rows = x.to(out).flatten(0, -2)
-            y = recipe.multiply(recipe.round(rows, INPUT, axis), recipe.round(weight.to(out), WEIGHT, axis), out)
+            y = output(recipe.round(rows, INPUT, axis), weight, recipe, axis, out)
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
@@ -57,6 +59,8 @@ class Quantised:
         """How operands are rounded, and the ranks that hold other parts of the same ones."""
         self.summed_over = summed_over
         """Ranks whose outputs are added up, so that only their sum can be off."""
+        self.rows_over = ALONE
+        """Ranks that hold rows of the weight, where it is gathered in eight bits."""
         self.demoted = False
         """Multiply in the format of the run instead."""
         self.measuring: Tensor | None = None
@@ -67,7 +71,7 @@ class Quantised:
         if self.measuring is not None:
             self._measure(x, weight)
         if self.demoted:
-            return linear(x, weight, bias)
+            return linear(x, exact(weight, self.rows_over), bias)
         return quantised_linear(x, weight, bias, self.recipe, self.axis)
 
     def collect(self, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
@@ -75,6 +79,7 @@ class Quantised:
         if self.measuring is not None:
             self._measure(tp.enter(x), weight)
         if self.demoted:
+            weight = exact(weight, self.rows_over)
             return column_linear(x, weight, bias, tp) if overlaps(x, tp) else linear(tp.enter(x), weight, bias)
         y = gathered_linear(x, weight, self.recipe, tp, self.axis)
         return y if bias is None else y + bias.to(y.dtype)
@@ -83,13 +88,14 @@ class Quantised:
     def _measure(self, x: Tensor, weight: Tensor) -> None:
         assert self.measuring is not None
         out = product_format(x)
-        exact = linear(x, weight).float()
-        off = quantised_linear(x, weight, None, self.recipe, self.axis).float() - exact
+        unrounded = exact(weight, self.rows_over)
+        y = linear(x, unrounded).float()
+        off = quantised_linear(x, weight, None, self.recipe, self.axis).float() - y
         if self.summed_over.size > 1:
-            exact, off = all_reduce(torch.stack([exact, off]), self.summed_over.group).unbind()
-        operands = [(x.to(out).flatten(0, -2), INPUT), (weight.to(out), WEIGHT)]
+            y, off = all_reduce(torch.stack([y, off]), self.summed_over.group).unbind()
+        operands = [(x.to(out).flatten(0, -2), INPUT), (unrounded.to(out), WEIGHT)]
         lost = torch.zeros(2, device=x.device)
         for operand, what in operands:
             lost += self.recipe.lost(operand, self.recipe.round(operand, what, self.axis))
         count = torch.full((), float(sum(operand.numel() for operand, _ in operands)), device=x.device)
-        self.measuring += torch.stack([off.square().sum(), exact.square().sum(), *lost.unbind(), count])
+        self.measuring += torch.stack([off.square().sum(), y.square().sum(), *lost.unbind(), count])

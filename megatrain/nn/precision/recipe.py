@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from megatrain.parallel.mesh import Axis
-from megatrain.parallel.product import add_product
 
 INPUT, WEIGHT, GRADIENT = "input", "weight", "gradient"
 """What an operand is; formats may differ."""
@@ -41,6 +40,11 @@ class Recipe(Protocol):
         """`low`: in eight bits as the others; `high`: in the format of the run."""
         ...
 
+    @property
+    def one_scale(self) -> bool:
+        """One scale serves a whole operand, so that it is that of its columns and of each part of it too."""
+        ...
+
     def round(self, x: Tensor, what: str, axis: Axis) -> Rounded:
         """Scale and round [n, k]. Tensor-parallel ranks of `axis` hold other parts of the same operand."""
         ...
@@ -54,16 +58,15 @@ class Recipe(Protocol):
         ...
 
 
-def input_gradient(g: Tensor, weight: Tensor, recipe: Recipe, axis: Axis, out: torch.dtype) -> Tensor:
-    """g weight: [n, o], [o, i] -> [n, i], in the format `out`."""
-    by = recipe.round(weight.to(out).T, WEIGHT, axis)
-    return recipe.multiply(recipe.round(g, GRADIENT, axis), by, out)
+class OneScale(Recipe, Protocol):
+    """A recipe whose `one_scale` is true."""
 
+    def format(self, what: str) -> torch.dtype: ...
 
-def weight_gradient(g: Tensor, rows: Tensor, weight: Tensor, recipe: Recipe, axis: Axis) -> Tensor:
-    """g^T rows: [n, o], [n, i] -> float32 [o, i], in the format that the recipe says."""
-    if recipe.weight_gradient == "high":
-        total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        add_product(total, g, rows)
-        return total
-    return recipe.multiply(recipe.round(g.T, GRADIENT, axis), recipe.round(rows.T, INPUT, axis), torch.float32)
+    def scale(self, amax: Tensor, what: str) -> Tensor:
+        """float32 []: the scale of an operand whose largest number has this size."""
+        ...
+
+    def by_scale(self, x: Tensor, what: str, scale: Tensor) -> Rounded:
+        """Round [n, k] by a scale that is known."""
+        ...
