@@ -49,7 +49,7 @@ class ShardedWeight(Tensor):
         made.rows, made.scale, made.agreed = rows, scale, agreed
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ShardedWeight({self.rows})"
 
     @classmethod
@@ -92,7 +92,7 @@ class GatheredWeight(Tensor):
         made.codes, made.scale, made.rows = codes, scale, rows
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"GatheredWeight({tuple(self.shape)}, scale={self.scale})"
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
