@@ -153,7 +153,7 @@ def agree(weights: Iterable[ShardedWeight], row: Axis) -> None:
     if not weights:
         return
     first = weights[0].agreed
-    amax = torch.stack([w.rows.abs().amax() if w.rows.numel() else w.rows.new_zeros(()) for w in weights])
+    amax = torch.stack([w.rows.abs().amax() for w in weights])
     amax = amax.to(first.out).float()
     for axis in (first.ranks, row):
         if axis.size > 1:
