@@ -142,6 +142,9 @@ def test_eight_bits_are_rows_of_the_table():
     table = dtype_table(Precision(compute="bf16", fp8=Fp8()), engine="plain", zero=0, moments="fp32")
     assert table["fp8 products"].startswith("e4m3 (tensorwise) in layers like *")
     assert table["fp8 gradients"] == "e5m2, of weights in bf16"
+    for kind, sent in (("tensorwise", "fp32, those of fp8 layers in e4m3"), ("rowwise", "fp32")):
+        table = dtype_table(Precision(compute="bf16", fp8=Fp8(kind=kind)), engine="fsdp2", zero=2, moments="fp32")
+        assert table["parameters sent in"] == sent
     table = dtype_table(Precision(compute="bf16", int8=Int8(weight_gradient="low")), engine="plain", zero=0, moments="")
     assert table["int8 gradients"] == "int8, of weights in int8"
     assert all(line.split()[0] == name.split()[0] for line, name in zip(lines(table), table, strict=True))
