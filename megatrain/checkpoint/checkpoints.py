@@ -53,6 +53,7 @@ class Checkpoints:
         world: all ranks of the run.
         file_bytes: about the largest file written.
         go_on: a save that fails is a warning, and counted in `failures`; otherwise the next `save` or `wait` raises it.
+        committed: called on rank 0 with the step of each commit, in the thread that made it.
         fault: called with the name of every point that a save passes.
     """
 
@@ -64,6 +65,7 @@ class Checkpoints:
         keep: Keep | None = None,
         file_bytes: int = FILE_BYTES,
         go_on: bool = False,
+        committed: Callable[[int], None] = lambda step: None,
         fault: Fault = lambda point: None,
     ):
         self.storage = open_storage(storage) if isinstance(storage, str | Path) else storage
@@ -74,6 +76,7 @@ class Checkpoints:
         self.committed: int | None = None
         """Step of the latest commit that this job made."""
         self._exchange = Exchange(world)
+        self._told = committed
         self._fault = fault
         self._copy = HostCopy()
         self._thread: threading.Thread | None = None
@@ -176,7 +179,7 @@ class Checkpoints:
             return
         if self.go_on and isinstance(failure, CheckpointError):
             self.failures.append(str(failure))
-            warn("a checkpoint was not saved and training goes on: %s", failure)
+            warn("a checkpoint was not saved (checkpoint.failed_save=go_on): %s", failure)
             return
         raise failure
 
@@ -207,6 +210,7 @@ class Checkpoints:
         self.committed = step
         if self.rank == 0:
             log("saved step %d to %s", step, self.storage.describe(save.folder))
+            self._told(step)
             retire(self.storage, self.keep, self._fault)
 
     def keep_beside(self, name: str, content: bytes) -> None:
@@ -227,6 +231,16 @@ class Checkpoints:
             except CheckpointError as error:
                 warn("%s", error)
         return found[::-1]
+
+    def require(self, step: int) -> None:
+        """Raise unless this job's latest commit is that of `step`; no save is running.
+
+        Raises:
+            FailedCheckpointError: it could not be saved, which was only counted then.
+        """
+        if self.committed != step:
+            why = f": {self.failures[-1]}" if self.failures else ""
+            raise FailedCheckpointError(f"step {step} is lost, its checkpoint was not saved{why}")
 
     def newest(self, fallback: bool = False) -> Commit | None:
         """The newest commit, the same on every rank, all of its bytes checked; None if there is none.
@@ -302,8 +316,8 @@ class Checkpoints:
         """
         mine = {s.name: list(s.full_shape) for s in holder.slices() if s.state == "weights"}
         model = {name: tuple(shape) for part in self._exchange.all(mine) for name, shape in part.items()}
+        where = reader.commit.storage.describe(reader.commit.folder)
         if problems := differences(reader.shapes("weights"), model):
-            where = self.storage.describe(reader.commit.folder)
             raise CheckpointError("\n".join([f"{where} is not of this model:", *problems]))
         refused = None
         try:
@@ -317,7 +331,7 @@ class Checkpoints:
         wanted = {key for key in reader.manifest.tensors if states(key[0])}
         if left := sorted(f"{state} of {name}" for state, name in wanted - used):
             raise CheckpointError(
-                f"{reader.commit.folder} holds {len(left)} tensors that this run does not take ({some(left)}): "
+                f"{where} holds {len(left)} tensors that this run does not take ({some(left)}): "
                 "its optimiser or model is another one"
             )
 

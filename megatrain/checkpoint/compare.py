@@ -88,11 +88,19 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 def _distance(a: Tensor, b: Tensor) -> str:
     kinds = "" if a.dtype == b.dtype else f"{DTYPE_NAMES[a.dtype]} in a, {DTYPE_NAMES[b.dtype]} in b; "
     x, y = a.double(), b.double()
-    n = int((x != y).sum())
+    differ = (x != y) & ~(x.isnan() & y.isnan())
+    n, finite = int(differ.sum()), x.isfinite() & y.isfinite()
     if n == 0:
         return f"{kinds}the values are equal"
+    lost = int((differ & ~finite).sum())
+    infinite = f"; {lost} of them are not finite in a or in b" if lost else ""
+    if n == lost:
+        return f"{kinds}{n} of {a.numel()} elements differ{infinite}"
+    x, y = x[finite], y[finite]
     largest, relative = float((x - y).abs().max()), float((x - y).norm() / x.norm().clamp_min(1e-300))
-    return f"{kinds}{n} of {a.numel()} elements differ, by at most {largest:.3g}; relative norm {relative:.3g}"
+    return (
+        f"{kinds}{n} of {a.numel()} elements differ, by at most {largest:.3g}; relative norm {relative:.3g}{infinite}"
+    )
 
 
 def differences(saved: dict[str, tuple[int, ...]], model: dict[str, tuple[int, ...]]) -> list[str]:

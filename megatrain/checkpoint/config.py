@@ -60,7 +60,8 @@ class Checkpoint:
     fallback: bool = False
     """Take the commit before when the newest one is damaged. Half-written ones are never taken, whatever this says."""
     failed_save: Literal["stop", "go_on"] = "stop"
-    """What a save that fails (a full disk) does to the run; `go_on` warns and tries again at the next save."""
+    """What a save that fails (a full disk) does to the run; `go_on` warns and tries again at the next save. The last
+    state must be saved: the run fails if it cannot be."""
     init_from: str | None = None
     """A checkpoint whose weights the run starts from; optimiser, schedule and data start anew."""
     acknowledge: tuple[str, ...] = ()

@@ -6,13 +6,19 @@ from typing import Annotated, Any
 import torch
 from torch import nn
 
-from megatrain.base.errors import CheckpointError
+from megatrain.base.errors import CheckpointError, ConfigError
 from megatrain.checkpoint.compare import differences
 from megatrain.checkpoint.read import Commit
-from megatrain.config.build import build
+from megatrain.config.build import build, flat, plain
 from megatrain.config.source import from_plain
 from megatrain.models import MODEL
 from megatrain.parallel.shard import shards, slices_of
+
+ONLY_IN_TRAINING = ("dropout", "init_std", "position.init_std", "z_loss")
+"""Keys of a `model` section that change nothing of what the model computes with given weights."""
+
+SEEN_IN_SHAPES = ("vocab_size",)
+"""Keys that tensors' shapes speak of; a section may leave them to the tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +52,29 @@ def config_of(commit: Commit) -> dict[str, Any]:
         f"{commit.storage.describe(commit.folder)} does not say which model it holds: give a checkpoint that "
         "megatrain train or megatrain convert has written"
     )
+
+
+def meaning_of(section: dict[str, Any]) -> dict[str, Any]:
+    """What a `model` section says about the function of given weights, by dotted key, defaults filled in.
+
+    A section that can no longer be read is taken as it stands.
+    """
+    try:
+        choice = model_choice(section, "a saved run")
+    except ConfigError:
+        return flat(section)
+    said = flat(plain(choice)) | {"n_kv_heads": choice.kv_heads, "head_dim": choice.width_of_head}
+    return {key: value for key, value in said.items() if key not in ONLY_IN_TRAINING + SEEN_IN_SHAPES}
+
+
+def other_meanings(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Where two `model` sections give the same weights another meaning: both values by dotted key."""
+    one, other = meaning_of(a), meaning_of(b)
+    return {
+        key: (one.get(key), other.get(key))
+        for key in sorted(one.keys() | other.keys())
+        if one.get(key) != other.get(key)
+    }
 
 
 def trained_here(config: dict[str, Any]) -> bool:

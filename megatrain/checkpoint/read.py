@@ -321,16 +321,17 @@ def find(place: str | Path, check: bool = True, states: Callable[[str], bool] = 
         FailedCheckpointError: it is damaged.
     """
     text = str(place).rstrip("/")
-    none = CheckpointError(f"{place} holds no checkpoint: name a run's folder or one of its step-... folders")
+    none = f"{place} holds no checkpoint: name a run's folder or one of its step-... folders"
     if "://" not in text and not os.path.isdir(text or "/"):
-        raise none
+        raise CheckpointError(none)
     try:
         commit = _found(text)
         problems = commit.damage(states=states) if commit and check else []
     except OSError as error:
         raise _unreadable(str(place), error) from None
     if commit is None:
-        raise none
+        told = [f" (its checkpoint.dir says {there})" for there in _told_by_its_run(text)]
+        raise CheckpointError("".join([none, *told]))
     if problems:
         raise FailedCheckpointError(problems[0])
     return commit
@@ -342,7 +343,7 @@ def _found(text: str) -> Commit | None:
     if any(inside.size(name) is not None for name in (COMMIT, MANIFEST)):
         parent, _, name = text.rpartition("/")
         return Commit.open(open_storage(parent or ("/" if text.startswith("/") else ".")), name)
-    within = [open_storage(place) for place in (f"{text}/checkpoints", *_told_by_its_run(text))]
+    within = [open_storage(place) for place in (*_told_by_its_run(text), f"{text}/checkpoints")]
     storage = next((s for s in (*within, inside) if candidates(s)), None)
     return None if storage is None else Commit.open(storage, candidates(storage)[0][1])
 

@@ -24,6 +24,8 @@ from megatrain.checkpoint.retention import discard, sweep
 from megatrain.checkpoint.storage import Storage, no_room, refusal
 from megatrain.checkpoint.write import Fault, HostCopy, assemble, write_files
 
+REMEDY = "make room, or lower checkpoint.keep.last"
+
 
 @dataclass(frozen=True)
 class Save:
@@ -69,11 +71,11 @@ class Save:
             sweep(self.storage)
             free = self.storage.free_bytes()
             if free is not None and free < needed:
-                raise no_room(self.storage, needed, free)
+                raise no_room(self.storage, needed, free, REMEDY)
             self.storage.prepare(staging)
             self.fault("after the folder")
         except OSError as error:
-            raise refusal(error, "preparing a checkpoint", self.storage, needed) from None
+            raise refusal(error, "preparing a checkpoint", self.storage, needed, REMEDY) from None
         return staging
 
     def _write(self, staging: str) -> dict[str, Any]:
@@ -85,8 +87,8 @@ class Save:
         except FileNotFoundError as error:
             return {"problem": f"rank {rank} does not see rank 0's folder ({error}): share it between nodes"}
         except OSError as error:
-            refused = refusal(error, f"writing rank {rank}'s part of a checkpoint", self.storage, self.copy.bytes)
-            return {"problem": str(refused)}
+            doing = f"writing rank {rank}'s part of a checkpoint"
+            return {"problem": str(refusal(error, doing, self.storage, self.copy.bytes, REMEDY))}
         except Exception as error:  # a defect; told to the others, who would wait for this rank's report
             return {"problem": f"rank {rank} could not write its part of a checkpoint: {error!r}"}
 
@@ -105,7 +107,7 @@ class Save:
             self.fault("before the rename")
             self.storage.publish(staging, self.folder)
         except OSError as error:
-            raise refusal(error, f"committing step {self.step}", self.storage) from None
+            raise refusal(error, f"committing step {self.step}", self.storage, remedy=REMEDY) from None
         self.fault("after the rename")
         with contextlib.suppress(OSError):  # for people; no reader trusts it
             self.storage.hint("latest", f"{self.folder}\n".encode())

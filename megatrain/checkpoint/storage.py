@@ -168,7 +168,7 @@ def new_place(path: str | Path, what: str = "folder") -> Path:
             raise CheckpointError(f"{given} exists: name a new {what}, or remove it")
         if what == "file" and given.endswith("/"):
             raise CheckpointError(f"{given} is the name of a folder: name a new file")
-        longest = os.pathconf("/", "PC_NAME_MAX") - len(".partial-12345678")
+        longest = os.pathconf("/", "PC_NAME_MAX") - len("...unproven.partial")  # while it is being made
         if not path.name or len(os.fsencode(path.name)) > longest:
             raise CheckpointError(f"{given!r} is no name for a {what}: give one of 1 to {longest} bytes")
         above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
@@ -184,13 +184,18 @@ def new_place(path: str | Path, what: str = "folder") -> Path:
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
-def refusal(error: OSError, doing: str, storage: Storage, needed: int | None = None) -> FailedCheckpointError:
+MAKE_ROOM = "make room"
+
+
+def refusal(
+    error: OSError, doing: str, storage: Storage, needed: int | None = None, remedy: str = MAKE_ROOM
+) -> FailedCheckpointError:
     """An error of the file system as a sentence; a full disk with the bytes that are needed and free."""
     if error.errno in NO_ROOM:
         free = None
         with contextlib.suppress(OSError):
             free = storage.free_bytes()
-        return no_room(storage, needed, free)
+        return no_room(storage, needed, free, remedy)
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return FailedCheckpointError(
             f"{doing} failed, {storage.describe()} may not be written to ({error}): make it writable"
@@ -198,9 +203,9 @@ def refusal(error: OSError, doing: str, storage: Storage, needed: int | None = N
     return FailedCheckpointError(f"{doing} failed: {error}")
 
 
-def no_room(storage: Storage, needed: int | None, free: int | None) -> FailedCheckpointError:
+def no_room(storage: Storage, needed: int | None, free: int | None, remedy: str = MAKE_ROOM) -> FailedCheckpointError:
     return FailedCheckpointError(
         f"no room for a checkpoint in {storage.describe()}: "
         f"{needed if needed is not None else 'more'} bytes are needed and {free if free is not None else 'too few'} "
-        "are free; make room, or lower checkpoint.keep.last"
+        f"are free; {remedy}"
     )

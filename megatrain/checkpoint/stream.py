@@ -16,11 +16,14 @@ from torch import Tensor
 
 from megatrain.base.errors import CheckpointError
 from megatrain.base.files import fsync_folder
+from megatrain.checkpoint.compare import differences
 from megatrain.checkpoint.manifest import COMMIT, MANIFEST, decode, digest_of, encode
+from megatrain.checkpoint.model import other_meanings
 from megatrain.checkpoint.origin import origin
 from megatrain.checkpoint.read import Commit, Reader, find, only_weights
 from megatrain.checkpoint.storage import LocalStorage, new_place, refusal
 from megatrain.checkpoint.tensorfile import Entry, encode_header
+from megatrain.checkpoint.tokenizer import entry_of
 from megatrain.checkpoint.write import Piece, assemble, write_files
 from megatrain.parallel.shard import Box
 
@@ -150,13 +153,17 @@ def consolidate(reader: Reader, path: str | Path) -> int:
     return len(header) + at
 
 
+CANCELLED = 1e-3
+"""Shares whose sum is this part of them or less, since some are negative, make noise large and no mean."""
+
+
 def average(places: list[str | Path], folder: str | Path, shares: list[float] | None = None) -> Commit:
     """The mean of several checkpoints' weights as a checkpoint of weights alone, for `init_from` and `generate`.
 
     Sums are taken in float64 and rounded once. Paper: Wortsman et al. 2022, arXiv:2203.05482 (model soups).
 
     Args:
-        shares: of each checkpoint, adding up to a finite number that is not zero; equal by default.
+        shares: of each checkpoint; their sum is finite and not next to nothing beside them. Equal by default.
 
     Raises:
         CheckpointError: they are not of the same model, or the shares are not such.
@@ -166,11 +173,13 @@ def average(places: list[str | Path], folder: str | Path, shares: list[float] | 
     shares = shares or [1.0] * len(readers)
     if len(shares) != len(readers):
         raise CheckpointError(f"{len(shares)} shares for {len(readers)} checkpoints: give each one")
-    if not sum(shares) or not math.isfinite(sum(shares)):
-        raise CheckpointError(f"shares {shares} add up to {sum(shares)}: it must be a finite number that is not 0")
+    if not math.isfinite(sum(shares)) or abs(sum(shares)) <= CANCELLED * sum(map(abs, shares)):
+        raise CheckpointError(
+            f"shares {shares} add up to {sum(shares)}: it must be a finite number, and not next to nothing"
+        )
     for place, reader in zip(places, readers, strict=True):
-        if reader.shapes() != readers[0].shapes():
-            raise CheckpointError(f"{place} and {places[0]} are not of the same model: average checkpoints of one")
+        if found := _why_apart(reader, readers[0]):
+            raise CheckpointError(f"{place} and {places[0]} are not of the same model ({found}): average those of one")
 
     def tensors() -> Iterator[Named]:
         for name in readers[0].names():
@@ -185,3 +194,14 @@ def average(places: list[str | Path], folder: str | Path, shares: list[float] | 
         "lineage": [*(last.facts.get("lineage") or []), line]
     }
     return write_checkpoint(folder, tensors(), step=last.step, state=None, facts=facts)
+
+
+def _why_apart(a: Reader, b: Reader) -> str:
+    """Why the mean of two checkpoints' weights would be of no model; "" where it is of one."""
+    if found := differences(a.shapes(), b.shapes()):
+        return "; ".join(found)
+    sections = [dict(reader.facts.get("config") or {}).get("model") or {} for reader in (a, b)]
+    if found := [f"model.{key} is {mine} and {theirs}" for key, (mine, theirs) in other_meanings(*sections).items()]:
+        return "; ".join(found)
+    tokenizers = {entry_of(reader.facts).get("fingerprint") for reader in (a, b)}
+    return "their tokenizers differ" if len(tokenizers) > 1 else ""

@@ -1,14 +1,38 @@
 """The tokenizer that a checkpoint's model was trained with, found where it was kept and proven by its fingerprint."""
 
 from pathlib import Path
+from typing import Any
 
 from megatrain.base.errors import DataError
 from megatrain.checkpoint.manifest import digest_of
-from megatrain.checkpoint.model import config_of
+from megatrain.checkpoint.model import config_of, trained_here
 from megatrain.checkpoint.read import Commit
 from megatrain.checkpoint.remote import open_storage
 from megatrain.data.manifest import TOKENIZER
 from megatrain.data.tokenizer import Tokenizer
+
+
+def entry_of(facts: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's facts say of its tokenizer: fingerprint, end_of_document, vocab_size, as far as they do."""
+    told = facts.get("tokenizer")
+    return told if isinstance(told, dict) else {"fingerprint": told}
+
+
+def valid_tokens(commit: Commit) -> int:
+    """How many rows of the embedding are tokens: all of a converted model's, and the tokenizer's of a trained one's.
+
+    The others only fill up `model.vocab_size`: they were never in a softmax.
+    """
+    rows: int = commit.manifest.tensors["weights", "embedding.weight"].shape[0]
+    if not trained_here(config_of(commit)):
+        return rows
+    told = entry_of(commit.manifest.facts).get("vocab_size")
+    if isinstance(told, int) and 0 < told <= rows:
+        return told
+    try:  # one that was written when this was not told
+        return min(tokenizer_of(commit)[0].vocab_size, rows)
+    except DataError:
+        return rows
 
 
 def tokenizer_of(commit: Commit) -> tuple[Tokenizer, bytes]:
@@ -19,8 +43,7 @@ def tokenizer_of(commit: Commit) -> tuple[Tokenizer, bytes]:
     Raises:
         DataError: the checkpoint names none, or the one it names is not found.
     """
-    told = commit.manifest.facts.get("tokenizer")
-    entry = told if isinstance(told, dict) else {"fingerprint": told}
+    entry = entry_of(commit.manifest.facts)
     step = commit.storage.describe(commit.folder)
     if not entry.get("fingerprint"):
         raise DataError(

@@ -26,19 +26,27 @@ as_json = click.option("--json", "as_json", is_flag=True, help="JSON instead of 
 @click.argument("checkpoint")
 @click.option("--state", "only", help="Only this kind of tensor: weights, exp_avg, ...")
 @click.option("--norms/--no-norms", default=True, help="Read the values for norms; one tensor is in memory at a time.")
+@click.option("--model", is_flag=True, help="Only the `model` section that its weights are of, for a run file.")
 @as_json
-def inspect(checkpoint: str, only: str | None, norms: bool, as_json: bool) -> None:
+def inspect(checkpoint: str, only: str | None, norms: bool, model: bool, as_json: bool) -> None:
     """Show every tensor of CHECKPOINT, and where the run stood.
 
     \b
     megatrain checkpoint inspect runs/tiny --state weights
+    megatrain checkpoint inspect llama --model > llama.yaml
     megatrain checkpoint inspect runs/tiny --no-norms --json
     """
     from megatrain.base.errors import CheckpointError, did_you_mean
     from megatrain.checkpoint.compare import summaries
+    from megatrain.checkpoint.model import config_of
     from megatrain.checkpoint.read import find
+    from megatrain.config.source import dump
 
-    commit = find(checkpoint, check=norms)
+    commit = find(checkpoint, check=norms and not model)
+    if model:
+        section = {"model": config_of(commit)["model"]}
+        click.echo(json.dumps(section, indent=1) if as_json else dump(section), nl=as_json)
+        return
     states = sorted({state for state, _ in commit.manifest.tensors})
     if only is not None and only not in states:
         raise CheckpointError(f"--state {only}: {did_you_mean(only, states)}")

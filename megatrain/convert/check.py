@@ -6,9 +6,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megatrain.base.errors import CheckpointError
 from megatrain.base.random import generator
 from megatrain.checkpoint.model import build_model, config_of
 from megatrain.checkpoint.read import Commit
+from megatrain.checkpoint.tokenizer import valid_tokens
 from megatrain.nn.where import Where
 
 TOLERANCE = 1e-5
@@ -60,22 +62,33 @@ def logits(model: Any, tokens: Tensor) -> Tensor:
     return model.logits(tokens, Where(positions, torch.zeros_like(positions, dtype=torch.int32)))
 
 
-@torch.no_grad()
-def compare(
-    commit: Commit, theirs: OtherSide, family: str, source: str, target: str, dtype: torch.dtype | None
-) -> Report:
-    """Our checkpoint against the same model as the other project computes it, both in float32.
+@dataclass(frozen=True)
+class Proof:
+    """Our checkpoint against the same model as the other project computes it, both in float32."""
 
-    Args:
-        dtype: what weights were rounded to on the way; ours are rounded alike. None: they were kept.
+    commit: Commit
+    theirs: OtherSide
+    family: str
+    source: str
+    target: str
+    dtype: torch.dtype | None = None
+    """What weights were rounded to on the way; ours are rounded alike. None: they were kept."""
 
-    Raises:
-        CheckpointError: the other side cannot be computed here.
-    """
-    ours = build_model(commit, dtype=dtype or torch.float32).float()
-    tokens = prompts(ours.n_valid, config_of(commit)["data"]["seq_len"])
-    a = logits(ours, tokens)
-    del ours
-    b = theirs.logits(tokens)
-    largest = float((a - b).abs().max())
-    return Report(family, source, target, tokens.numel(), largest, float(b.abs().max()), TOLERANCE)
+    @torch.no_grad()
+    def report(self) -> Report:
+        """
+        Raises:
+            CheckpointError: the other side cannot be computed here.
+        """
+        ours = build_model(self.commit, n_valid=valid_tokens(self.commit), dtype=self.dtype or torch.float32).float()
+        tokens = prompts(ours.n_valid, config_of(self.commit)["data"]["seq_len"])
+        a = logits(ours, tokens)
+        del ours
+        b = self.theirs.logits(tokens)
+        if a.shape != b.shape:
+            raise CheckpointError(f"one side has logits of {a.shape[-1]} tokens, the other of {b.shape[-1]}")
+        largest, size = float((a - b).abs().max()), float(b.abs().max())
+        return Report(self.family, self.source, self.target, tokens.numel(), largest, size, TOLERANCE)
+
+    def left_out(self, why: str) -> Report:
+        return Report(self.family, self.source, self.target, 0, None, None, TOLERANCE, not_checked=why)

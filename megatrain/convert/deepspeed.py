@@ -8,8 +8,6 @@
 Both hold float32 weights, moments and the step; rates and other settings stay those of the program that loads them.
 """
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,15 +17,18 @@ from torch import Tensor
 
 from megatrain.base.errors import CheckpointError
 from megatrain.base.optional import optional
-from megatrain.checkpoint.model import config_of, model_choice
+from megatrain.checkpoint.model import config_of, model_choice, other_meanings
 from megatrain.checkpoint.read import Reader, find
-from megatrain.checkpoint.storage import LocalStorage, new_place, refusal
-from megatrain.convert.check import Report
+from megatrain.checkpoint.storage import new_place
+from megatrain.checkpoint.tokenizer import valid_tokens
+from megatrain.convert.check import Proof, Report
 from megatrain.convert.deepspeed_zero import MOMENTS, deepspeed_folder
 from megatrain.convert.families import FAMILY
-from megatrain.convert.folder import WEIGHTS
-from megatrain.convert.hugging_face import convert_in, proven, write_side_files
+from megatrain.convert.folder import CONFIG, WEIGHTS, read_bounded_json
+from megatrain.convert.hugging_face import convert_in, understood, write_side_files
 from megatrain.convert.mapping import family_for, rows_of, sizes_of
+from megatrain.convert.pickled import write_pickled
+from megatrain.convert.publish import made_beside, published
 from megatrain.convert.table import Row
 
 VERSION = "0.16.0"
@@ -48,9 +49,24 @@ def from_deepspeed(folder: str | Path, like: str | Path, out: str | Path, *, che
         like: a folder with the model's config.json, and its tokenizer.
 
     Raises:
-        CheckpointError: as `from_hugging_face`; or a file asks for code to be called, which is never done.
+        CheckpointError: as `from_hugging_face`; or a file asks for code to be called, which is never done; or the
+            checkpoint has a config.json of another model than `like`.
     """
-    return convert_in(deepspeed_folder(folder, like), Path(out), check)
+    theirs = deepspeed_folder(folder, like)
+    for place in (theirs.step_folder, theirs.step_folder.parent):
+        if (place / CONFIG).is_file():
+            _refuse_other_config(place / CONFIG, theirs.home / CONFIG, theirs.config)
+    return convert_in(theirs, Path(out), check)
+
+
+def _refuse_other_config(beside: Path, like: Path, config: dict[str, Any]) -> None:
+    """What was trained says what it is: the same tensors under another config would be proven as that model."""
+    own = understood(read_bounded_json(beside), beside)
+    if different := other_meanings(own.section, understood(config, like).section):
+        told = ", ".join(f"{key} {theirs} and {given}" for key, (theirs, given) in different.items())
+        raise CheckpointError(
+            f"{beside} and {like} are of different models ({told}): give --like the config.json of the training"
+        )
 
 
 def to_deepspeed(
@@ -77,22 +93,15 @@ def to_deepspeed(
             "AdamW, or write its weights alone with to-hf"
         )
     state = reader.state if isinstance(reader.state, dict) else {}
-    rows = rows_of(table, choice)
+    rows = rows_of(table, choice, valid_tokens(commit))
     embedding = next(row.theirs[0] for row in rows if row.ours == "embedding.weight")
     shared = {table.untied: embedding} if choice.tie_embeddings else {}
     tensors = Theirs(reader, rows, sizes_of(choice), shared, _steps(state) or commit.step)
-    staging = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        (staging / tensors.tag).mkdir(parents=True)
-        write_side_files(staging, commit, table, choice, config["data"]["seq_len"], None)
-        write_universal(staging, tensors) if ranks is None else write_zero(staging, tensors, ranks)
-        os.rename(staging, out)
-    except OSError as error:
-        raise refusal(error, f"writing {out}", LocalStorage(out.parent)) from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return proven(out, check, commit, deepspeed_folder(out, out), kind, where, str(out), None)
+    with made_beside(out) as place:
+        (place / tensors.tag).mkdir(parents=True)
+        write_side_files(place, commit, table, choice, config["data"]["seq_len"], None)
+        write_universal(place, tensors) if ranks is None else write_zero(place, tensors, ranks)
+        return published(place, out, check, Proof(commit, deepspeed_folder(place, place), kind, where, str(out)))
 
 
 def _steps(state: dict[str, Any]) -> int | None:
@@ -162,16 +171,19 @@ def write_universal(folder: Path, tensors: Theirs) -> None:
         for name, x in tensors.of(state):
             place = step_folder / "zero" / name
             place.mkdir(parents=True, exist_ok=True)
-            torch.save({"param": x.clone(), "cat_dim": 0}, place / ("fp32.pt" if state == WEIGHTS else f"{state}.pt"))
-            torch.save(tensors.step_count, place / "step.pt")
+            write_pickled(
+                place / ("fp32.pt" if state == WEIGHTS else f"{state}.pt"), {"param": x.clone(), "cat_dim": 0}
+            )
+            if state == WEIGHTS:
+                write_pickled(place / "step.pt", tensors.step_count)
     common = {"loss_scaler": None, "dynamic_loss_scale": False, "overflow": False, "ds_version": VERSION}
     groups: list[dict[str, Any]] = [{} for _ in range(MOST_GROUPS)]  # empty: settings are the loading program's
     inner = {"state": {0: {"step": tensors.step_count}}, "param_groups": groups}  # where stage 3 looks
     whole = common | {"param_groups": groups, "optimizer_state_dict": inner}
-    torch.save(whole, step_folder / "zero" / "optimizer_state.pt")
+    write_pickled(step_folder / "zero" / "optimizer_state.pt", whole)
     states = tensors.model_states(1, {})
     for name in ("mp_rank_00", "zero_pp_rank_0_mp_rank_00"):  # as stages 1 and 2, and as stage 3 call it
-        torch.save(states, step_folder / f"{name}_model_states.pt")
+        write_pickled(step_folder / f"{name}_model_states.pt", states)
     (folder / "latest_universal").write_text(tensors.tag)
 
 
@@ -212,10 +224,10 @@ def write_zero(folder: Path, tensors: Theirs, ranks: int) -> None:
             "ds_version": VERSION,
         }
         name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        torch.save({"optimizer_state_dict": shard, "ds_config": {}, "ds_version": VERSION}, step_folder / name)
+        write_pickled(step_folder / name, {"optimizer_state_dict": shard, "ds_config": {}, "ds_version": VERSION})
     module = {name: x.clone() for name, x in tensors.of(WEIGHTS)}
     module |= {name: module[of] for name, of in tensors.shared.items()}
-    torch.save(tensors.model_states(ranks, module, order), step_folder / "mp_rank_00_model_states.pt")
+    write_pickled(step_folder / "mp_rank_00_model_states.pt", tensors.model_states(ranks, module, order))
     (folder / "latest").write_text(tensors.tag)
 
 

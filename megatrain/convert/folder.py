@@ -26,6 +26,9 @@ SIDE_FILES = (
 )
 """Kept with a converted model as they are, so that the way back gives them again."""
 
+OLDER_TOKENIZERS = ("vocab.json", "merges.txt", "tokenizer.model", "spiece.model")
+"""What tokenizers were kept in before there was one file for all of them."""
+
 
 def read_bounded_json(path: Path) -> Any:
     """
@@ -58,8 +61,16 @@ class Folder:
             raise CheckpointError(f"{self.path / CONFIG} names no model_type: give the folder of a Hugging Face model")
         self._storage = LocalStorage(self.path)
         self._tensors: dict[str, tuple[str, int, Entry]] = {}
+        self._told: dict[str, str] = {}
+        """File of each tensor by the index, where there is one."""
         for file in self._files() if weights else []:
             self._add(file)
+        held = {name: file for name, (file, _, _) in self._tensors.items()}
+        if self._told and (other := sorted(name for name, file in self._told.items() if held.get(name) != file)):
+            raise CheckpointError(
+                f"{self.path / INDEX} says that {self._told[other[0]]} holds {other[0]}, and it does not "
+                f"({len(other)} such): they are not of one model"
+            )
 
     @property
     def names(self) -> list[str]:
@@ -118,7 +129,7 @@ class Folder:
         except Exception as error:  # whatever it says of a config that it does not take
             said = next(iter(str(error).strip().splitlines()), "")
             raise CheckpointError(
-                f"transformers does not take {self.path} ({type(error).__name__}: {said}): is its {CONFIG} right?"
+                f"transformers does not take {self.path} ({type(error).__name__}: {said}), so look at its {CONFIG}"
             ) from error
 
     def side_files(self) -> dict[str, bytes]:
@@ -135,6 +146,12 @@ class Folder:
                     raise CheckpointError(
                         f"{self.path / INDEX} names {file!r}, which is no safetensors file of this folder"
                     )
+            if (self.path / SINGLE).exists() and SINGLE not in named.values():
+                raise CheckpointError(
+                    f"{self.path} has both {INDEX} and {SINGLE}, which may be two models: remove the one that is not "
+                    "meant"
+                )
+            self._told = named
             return sorted(set(named.values()))
         if (self.path / SINGLE).exists():
             return [SINGLE]

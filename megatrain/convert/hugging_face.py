@@ -1,35 +1,33 @@
 """Decoders of the transformers library to checkpoints of ours, and back: tensor by tensor, then checked by logits."""
 
-import os
-import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from megatrain.base.errors import CheckpointError, ConfigError, DataError, FailedCheckpointError, did_you_mean
+from megatrain.base.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from megatrain.base.files import write_json
-from megatrain.base.log import log, warn
+from megatrain.base.log import warn
 from megatrain.checkpoint.compare import differences
 from megatrain.checkpoint.manifest import digest_of
 from megatrain.checkpoint.model import config_of, model_choice, shapes_of, trained_here
 from megatrain.checkpoint.read import Commit, Reader, find, only_weights
-from megatrain.checkpoint.storage import LocalStorage, new_place, refusal
+from megatrain.checkpoint.storage import LocalStorage, new_place
 from megatrain.checkpoint.stream import FILE_BYTES, Named, bytes_of, write_checkpoint
 from megatrain.checkpoint.tensorfile import Entry, encode_header
-from megatrain.checkpoint.tokenizer import tokenizer_of
-from megatrain.convert.check import TOLERANCE, OtherSide, Report, compare
+from megatrain.checkpoint.tokenizer import tokenizer_of, valid_tokens
+from megatrain.convert.check import Proof, Report
 from megatrain.convert.families import FAMILY
-from megatrain.convert.folder import CONFIG, INDEX, SIDE_FILES, SINGLE, WEIGHTS, Folder
+from megatrain.convert.folder import CONFIG, INDEX, OLDER_TOKENIZERS, SIDE_FILES, SINGLE, WEIGHTS, Folder
 from megatrain.convert.mapping import converted_from, family_for, rows_of, sizes_of
+from megatrain.convert.publish import made_beside, published
 from megatrain.convert.table import Row, Theirs
 from megatrain.data.manifest import TOKENIZER
 from megatrain.data.tokenizer import Tokenizer, with_in_front
 
-REPORT = "conversion.json"
 SHARD_BYTES = 4 * 2**30
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_WORDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -53,22 +51,8 @@ def from_hugging_face(folder: str | Path, out: str | Path, *, check: bool = True
 def convert_in(theirs: Folder, out: Path, check: bool) -> Report:
     """What all ways in have in common, once their names and config can be read."""
     out = new_place(out)
-    kind = theirs.config["model_type"]
-    if kind not in FAMILY:
-        raise CheckpointError(f"{theirs.path} is a {kind!r} model: {did_you_mean(kind, FAMILY.kinds())}")
-    family = FAMILY[kind]()
-    read = Theirs(theirs.config)
-    try:
-        section = family.model(read)
-    except (TypeError, ValueError, LookupError, AttributeError) as error:
-        raise CheckpointError(
-            f"{theirs.home / CONFIG} has a value that no {kind} model has ({type(error).__name__}: {error})"
-        ) from error
-    seq_len = read.get("max_position_embeddings", read.get("n_positions", 2048))
-    if type(seq_len) is not int or seq_len < 1:
-        raise CheckpointError(f"{theirs.home / CONFIG} is for rows of {seq_len!r} tokens: it must be 1 or more")
-    read.finish(kind)
-    choice = model_choice(section, str(theirs.home / CONFIG))
+    said = understood(theirs.config, theirs.home / CONFIG)
+    family, choice = FAMILY[said.kind](), said.choice
     if choice.n_layers > len(theirs.names):  # so many rows could fill the memory
         raise CheckpointError(
             f"{theirs.home / CONFIG} speaks of {choice.n_layers} layers, and {theirs.path} holds {len(theirs.names)} "
@@ -77,21 +61,59 @@ def convert_in(theirs: Folder, out: Path, check: bool) -> Report:
     rows = rows_of(family, choice)
     theirs.rename(family.prefix, family.untied)
     _refuse_other_tensors(theirs, family, choice, rows)
-    side = theirs.side_files()
-    written = write_checkpoint(
-        out,
-        ours(theirs, rows, choice, shapes_of(choice, section["vocab_size"], seq_len)),
-        step=0,
-        state=None,
-        facts={
-            "config": {"model": section, "data": {"seq_len": seq_len, "sources": []}},
-            "tokenizer": _tokenizer_entry(side, theirs),
-            "lineage": [{"step": 0, "converted": str(theirs.path), "family": kind, "config": read.kept()}],
-        },
-        file_bytes=min(theirs.largest_file or FILE_BYTES, FILE_BYTES),
-        beside=side,
-    )
-    return proven(out, check, written, theirs, kind, str(theirs.path), str(out), None)
+    side, vocab_size = theirs.side_files(), said.section["vocab_size"]
+    origin = {"step": 0, "converted": str(theirs.path), "family": said.kind, "config": said.kept}
+    facts = {
+        "config": {"model": said.section, "data": {"seq_len": said.seq_len, "sources": []}},
+        "tokenizer": _tokenizer_entry(side, theirs, vocab_size),
+        "lineage": [origin],
+    }
+    with made_beside(out) as place:
+        written = write_checkpoint(
+            place,
+            ours(theirs, rows, choice, shapes_of(choice, vocab_size, said.seq_len)),
+            step=0,
+            state=None,
+            facts=facts,
+            file_bytes=min(theirs.largest_file or FILE_BYTES, FILE_BYTES),
+            beside=side,
+        )
+        return published(place, out, check, Proof(written, theirs, said.kind, str(theirs.path), str(out)))
+
+
+@dataclass(frozen=True)
+class Understood:
+    """A config.json as a model of ours."""
+
+    kind: str
+    section: dict[str, Any]
+    """Our `model` section."""
+    choice: Any
+    seq_len: int
+    kept: dict[str, Any]
+    """What the way back writes again."""
+
+
+def understood(config: dict[str, Any], where: Path) -> Understood:
+    """
+    Raises:
+        CheckpointError: the config is of no family here, or of a model that ours cannot be.
+    """
+    kind = config["model_type"]
+    if kind not in FAMILY:
+        raise CheckpointError(f"{where} is of a {kind!r} model: {did_you_mean(kind, FAMILY.kinds())}")
+    read = Theirs(config)
+    try:
+        section = FAMILY[kind]().model(read)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise CheckpointError(
+            f"{where} has a value that no {kind} model has ({type(error).__name__}: {error})"
+        ) from error
+    seq_len = read.get("max_position_embeddings", read.get("n_positions", 2048))
+    if type(seq_len) is not int or seq_len < 1:
+        raise CheckpointError(f"{where} is for rows of {seq_len!r} tokens: it must be 1 or more")
+    read.finish(kind)
+    return Understood(kind, section, model_choice(section, str(where)), seq_len, read.kept())
 
 
 def _refuse_other_tensors(theirs: Folder, family: Any, choice: Any, rows: list[Row]) -> None:
@@ -141,16 +163,29 @@ def ours(theirs: Source, rows: list[Row], choice: Any, shapes: dict[str, tuple[i
             raise CheckpointError("\n".join([f"{theirs.path} does not make the model of its config:", *problems]))
 
 
-def _tokenizer_entry(side: dict[str, bytes], theirs: Folder) -> dict[str, Any] | None:
+def _tokenizer_entry(side: dict[str, bytes], theirs: Folder, vocab_size: int) -> dict[str, Any] | None:
     """Fingerprint of the tokenizer, and the id that ends a document: the model's own word for it."""
     if TOKENIZER not in side:
+        if older := [name for name in OLDER_TOKENIZERS if (theirs.home / name).is_file()]:
+            warn(
+                "%s has %s and no %s, so the model comes without a tokenizer: transformers writes one "
+                "(AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER))",
+                theirs.home,
+                " and ".join(older),
+                TOKENIZER,
+            )
         return None
     end: Any = theirs.config.get("eos_token_id")
     if isinstance(end, list):
         end = end[0] if end else None
     if end is not None and (type(end) is not int or end < 0):
         raise CheckpointError(f"{theirs.home / CONFIG}: eos_token_id is {end!r}: it must be a whole number from 0 on")
-    tokenizer = Tokenizer.parse(side[TOKENIZER], str(theirs.path / TOKENIZER), end)
+    tokenizer = Tokenizer.parse(side[TOKENIZER], str(theirs.home / TOKENIZER), end)
+    if tokenizer.vocab_size > vocab_size:
+        raise CheckpointError(
+            f"{theirs.home / TOKENIZER} has {tokenizer.vocab_size} tokens and the embedding {vocab_size} rows: remove "
+            "the tokens that the model does not know, or the file (the model is then converted without a tokenizer)"
+        )
     return {"fingerprint": digest_of(side[TOKENIZER]), "end_of_document": tokenizer.end_of_document}
 
 
@@ -197,23 +232,13 @@ def to_hugging_face(
     config = config_of(commit)
     choice = model_choice(config["model"], commit.storage.describe(commit.folder))
     kind = family_for(choice, commit, family)
-    table = FAMILY[kind]()
-    rows, reader = rows_of(table, choice), commit.reader()
-    staging = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    storage = LocalStorage(staging)
-    try:
-        staging.mkdir(parents=True)
-        _write_shards(storage, _shards(rows, reader, sizes_of(choice), cast, shard_bytes), reader, choice, cast)
-        write_side_files(staging, commit, table, choice, config["data"]["seq_len"], cast)
-        os.rename(staging, out)
-    except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise refusal(error, f"writing {out}", LocalStorage(out.parent)) from None
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    return proven(out, check, commit, Folder(out), kind, commit.storage.describe(commit.folder), str(out), cast)
+    table, reader, where = FAMILY[kind](), commit.reader(), commit.storage.describe(commit.folder)
+    shards = _shards(rows_of(table, choice, valid_tokens(commit)), reader, sizes_of(choice), cast, shard_bytes)
+    with made_beside(out) as place:
+        place.mkdir(parents=True)
+        _write_shards(LocalStorage(place), shards, reader, choice, cast)
+        write_side_files(place, commit, table, choice, config["data"]["seq_len"], cast)
+        return published(place, out, check, Proof(commit, Folder(place), kind, where, str(out), cast))
 
 
 def _shards(
@@ -247,14 +272,30 @@ def _write_shards(
         def chunks(shard: Shard = shard) -> Iterator[bytes | memoryview]:
             yield encode_header(shard.entries, {"format": "pt"})
             for row in shard.rows:
-                for x in row.split(reader.read_full(row.ours), sizes):
-                    yield bytes_of(x if cast is None else x.to(cast))
+                parts = row.split(reader.read_full(row.ours), sizes)
+                for name, x in zip(row.theirs, parts, strict=True):
+                    yield bytes_of(x if cast is None else _rounded(name, x, cast))
 
         storage.write(file, chunks())
         weight_map |= {entry.key: file for entry in shard.entries}
     if len(shards) > 1:
         total = sum(shard.bytes for shard in shards)
         write_json(storage.root / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _rounded(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """
+    Raises:
+        CheckpointError: a value is too large for `dtype`.
+    """
+    rounded = x.to(dtype)
+    if lost := int((x.isfinite() & ~rounded.isfinite()).sum()):
+        largest, word = float(x[x.isfinite()].abs().max()), DTYPE_WORDS[dtype]
+        raise CheckpointError(
+            f"{lost} values of {name} are too large for {word} (up to {largest:.4g}, {torch.finfo(dtype).max:g} is "
+            "the most): take another --dtype, or leave it out to keep the weights as they are"
+        )
+    return rounded
 
 
 def write_side_files(
@@ -270,7 +311,7 @@ def write_side_files(
     config = {
         "architectures": [family.architecture],
         "model_type": family.kind,
-        "vocab_size": embedding.shape[0],
+        "vocab_size": valid_tokens(commit),
         "n_positions" if family.kind == "gpt2" else "max_position_embeddings": seq_len,
         "tie_word_embeddings": choice.tie_embeddings,
         "dtype": DTYPE_WORDS.get(cast or embedding.dtype, "float32"),
@@ -303,42 +344,3 @@ def _write_tokenizer(folder: Path, commit: Commit) -> int | None:
         words = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name, "bos_token": name}
         write_json(folder / "tokenizer_config.json", words)
     return tokenizer.end_of_document
-
-
-# ------------------------------------------------------------------------------------------------ the proof
-
-
-def proven(
-    out: Path,
-    check: bool,
-    commit: Commit,
-    theirs: OtherSide,
-    kind: str,
-    source: str,
-    target: str,
-    cast: torch.dtype | None,
-) -> Report:
-    """The report of a conversion, stored beside what it made; what fails is moved out of the way."""
-    if not check:
-        report = Report(kind, source, target, 0, None, None, TOLERANCE, not_checked="asked not to")
-    else:
-        try:
-            report = compare(commit, theirs, kind, source, target, cast)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}; what was made is in {_out_of_the_way(out)}, unproven") from error
-    write_json(out / REPORT, asdict(report) | {"passed": report.passed})
-    if check and not report.passed:
-        raise FailedCheckpointError(
-            f"the logits of {source} and of what was made of it differ by {report.largest_difference:.3g} (the largest "
-            f"is {report.largest_logit:.3g}, {TOLERANCE:g} of it is allowed): see {_out_of_the_way(out)}, and do not "
-            "use it"
-        )
-    log("%s: logits differ by %s at most", target, report.largest_difference)
-    return report
-
-
-def _out_of_the_way(out: Path) -> Path:
-    failed = out.with_name(f"{out.name}.failed")
-    shutil.rmtree(failed, ignore_errors=True)
-    out.rename(failed)
-    return failed

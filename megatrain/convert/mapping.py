@@ -1,5 +1,6 @@
 """Which family our model is written as, and all rows of that family's table for it."""
 
+from dataclasses import replace
 from typing import Any
 
 from megatrain.base.errors import CheckpointError, ConfigError, did_you_mean
@@ -17,10 +18,15 @@ def sizes_of(choice: Any) -> dict[str, int]:
     return {"q": choice.n_heads * k, "kv": choice.kv_heads * k, "ff": choice.d_ff, "head_dim": k}
 
 
-def rows_of(family: Any, choice: Any) -> list[Row]:
-    """A row for every tensor of our model."""
+def rows_of(family: Any, choice: Any, n_tokens: int | None = None) -> list[Row]:
+    """A row for every tensor of our model.
+
+    Args:
+        n_tokens: of the vocabulary, on the way out: other rows of the embedding and the head stay here.
+    """
     head = [] if choice.tie_embeddings else [Row.of("head.weight", family.untied)]
-    return [*expanded(family.rows(choice), {"i": choice.n_layers}), *head]
+    rows = [*expanded(family.rows(choice), {"i": choice.n_layers}), *head]
+    return [replace(row, n_tokens=n_tokens) if row.ours in ("embedding.weight", "head.weight") else row for row in rows]
 
 
 def converted_from(commit: Commit) -> dict[str, Any]:

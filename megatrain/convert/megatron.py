@@ -12,10 +12,11 @@ from megatrain.checkpoint.manifest import digest_of
 from megatrain.checkpoint.model import model_choice, shapes_of
 from megatrain.checkpoint.storage import new_place
 from megatrain.checkpoint.stream import write_checkpoint
-from megatrain.convert.check import Report
-from megatrain.convert.hugging_face import ours, proven
+from megatrain.convert.check import Proof, Report
+from megatrain.convert.hugging_face import ours
 from megatrain.convert.megatron_files import MegatronFiles, open_megatron
 from megatrain.convert.megatron_reference import Reference, groups_of
+from megatrain.convert.publish import made_beside, published
 from megatrain.convert.table import Row, expanded
 from megatrain.data.manifest import TOKENIZER
 from megatrain.data.tokenizer import Tokenizer
@@ -89,21 +90,22 @@ def from_megatron(
     theirs, beside, entry = Theirs(files, choice), {}, None
     if tokenizer is not None:
         beside[TOKENIZER] = Path(tokenizer).read_bytes()
-        end = Tokenizer.parse(beside[TOKENIZER], str(tokenizer), None).end_of_document
-        entry = {"fingerprint": digest_of(beside[TOKENIZER]), "end_of_document": end}
-    written = write_checkpoint(
-        out,
-        ours(theirs, table, choice, shapes),
-        step=0,
-        state=None,
-        facts={
-            "config": {"model": section, "data": {"seq_len": seq_len, "sources": []}},
-            "tokenizer": entry,
-            "lineage": [{"step": 0, "converted": str(files.path), "from": "Megatron-LM"}],
-        },
-        beside=beside,
-    )
-    return proven(out, check, written, theirs, "megatron", str(files.path), str(out), None)
+        parsed = Tokenizer.parse(beside[TOKENIZER], str(tokenizer), None)
+        if parsed.vocab_size > section["vocab_size"]:
+            raise CheckpointError(
+                f"{tokenizer} has {parsed.vocab_size} tokens and the embedding {section['vocab_size']} rows: give the "
+                "tokenizer.json that the model was trained with"
+            )
+        entry = {"fingerprint": digest_of(beside[TOKENIZER]), "end_of_document": parsed.end_of_document}
+    facts = {
+        "config": {"model": section, "data": {"seq_len": seq_len, "sources": []}},
+        "tokenizer": entry,
+        "lineage": [{"step": 0, "converted": str(files.path), "from": "Megatron-LM"}],
+    }
+    with made_beside(out) as place:
+        tensors = ours(theirs, table, choice, shapes)
+        written = write_checkpoint(place, tensors, step=0, state=None, facts=facts, beside=beside)
+        return published(place, out, check, Proof(written, theirs, "megatron", str(files.path), str(out)))
 
 
 class Theirs:

@@ -7,11 +7,13 @@ read by an unpickler that knows the few names tensors are made of. Objects of pa
 
 import contextlib
 import io
+import math
 import pickle
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +85,23 @@ class Stored:
 
 @dataclass(frozen=True)
 class Region:
-    """Some bytes [begin, end) of a file, mapped when they are read."""
+    """Some bytes [begin, end) of a file, mapped when they are first read.
+
+    Mapped without a descriptor that stays open: the files of a thousand ranks are held at once.
+    """
 
     path: Path
     begin: int
     end: int
 
-    def read(self, begin: int, end: int) -> Any:
-        return LocalStorage(self.path.parent).read(self.path.name, self.begin + begin, self.begin + end)
+    @cached_property
+    def mapped(self) -> Tensor:
+        file: Any = torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=self.path.stat().st_size)
+        return torch.empty(0, dtype=torch.uint8).set_(file)[self.begin : self.end]
+
+    def read(self, begin: int, end: int) -> Tensor:
+        """uint8 [end - begin]."""
+        return self.mapped[begin:end]
 
     def __str__(self) -> str:
         return str(self.path)
@@ -108,7 +119,7 @@ def load_pickled(path: str | Path, begin: int = 0, end: int | None = None) -> An
     path = Path(path)
     with _told(path):
         region = Region(path, begin, path.stat().st_size if end is None else end)
-        archived = path if begin == 0 and end is None else io.BytesIO(bytes(region.read(0, region.end - begin)))
+        archived = path if begin == 0 and end is None else io.BytesIO(region.mapped.numpy().tobytes())
         with zipfile.ZipFile(archived) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
             described = [name for name in entries if name.endswith("/data.pkl")]
@@ -148,6 +159,19 @@ def _told(path: Path) -> Iterator[None]:
         raise FailedCheckpointError(f"{path} cannot be read: {error}") from None
     except Exception as error:  # a damaged pickle fails in any way
         raise FailedCheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+
+
+def write_pickled(path: Path, value: Any) -> None:
+    """A new file as `torch.save` writes it, and on the disk when this returns.
+
+    Written from memory: an error of the file system inside `torch.save` itself comes out as one of its archive.
+
+    Raises:
+        OSError: as writing any file.
+    """
+    archive = io.BytesIO()
+    torch.save(value, archive)
+    LocalStorage(path.parent).write(path.name, [archive.getbuffer()])
 
 
 class _Unpickler(pickle.Unpickler):
@@ -190,7 +214,7 @@ class _Unpickler(pickle.Unpickler):
         if kind != "storage" or entry.compress_type != zipfile.ZIP_STORED or numel * dtype.itemsize != entry.file_size:
             raise FailedCheckpointError(f"{self.region} is damaged: its storage {key} is not as it is described")
         # The local header repeats the name and has an extra field of its own length before the bytes.
-        local = bytes(self.region.read(entry.header_offset, entry.header_offset + 30))
+        local = self.region.read(entry.header_offset, entry.header_offset + 30).numpy().tobytes()
         begin = (
             entry.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
         )
@@ -200,4 +224,9 @@ class _Unpickler(pickle.Unpickler):
         if stored.begin == stored.end:
             return torch.empty(tuple(shape), dtype=stored.dtype)
         data = self.region.read(stored.begin, stored.end)
-        return torch.frombuffer(data, dtype=stored.dtype).as_strided(tuple(shape), tuple(stride), offset)
+        misplaced = data.storage_offset() % stored.dtype.itemsize
+        flat = (data.clone() if misplaced else data).view(stored.dtype)
+        last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+        if offset < 0 or any(step < 0 for step in stride) or (math.prod(shape) and last >= flat.numel()):
+            raise FailedCheckpointError(f"{self.region} is damaged: a tensor lies beyond its storage")
+        return flat.as_strided(tuple(shape), tuple(stride), flat.storage_offset() + offset)

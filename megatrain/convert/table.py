@@ -21,6 +21,15 @@ NO_EFFECT = frozenset({
 })  # fmt: skip
 """Keys of Hugging Face configs that change nothing of a decoder's logits."""
 
+NO_EFFECT_IF_EMPTY = frozenset({
+    "add_cross_attention", "bad_words_ids", "begin_suppress_tokens", "cross_attention_hidden_size", "do_sample",
+    "early_stopping", "finetuning_task", "is_encoder_decoder", "is_llama_config", "output_attentions",
+    "output_hidden_states", "output_scores", "prefix", "pruned_heads", "remove_invalid_values",
+    "return_dict_in_generate", "rope_interleaved", "sep_token_id", "suppress_tokens", "tf_legacy_loss",
+    "tie_encoder_decoder", "torchscript", "use_bfloat16",
+})  # fmt: skip
+"""Keys that old files write out with their defaults: False, 0 and nothing are those."""
+
 WRITTEN_ANEW = frozenset({
     "_name_or_path", "architectures", "auto_map", "dtype", "model_type", "n_ctx", "torch_dtype", "transformers_version",
 })  # fmt: skip
@@ -83,6 +92,8 @@ class Row:
     first, then all keys, then all values. With as many keys as queries a group is a head."""
     n_stacked: int = 0
     """Theirs are those of so many experts, one expert after the other; 0: there are none."""
+    n_tokens: int | None = None
+    """Rows that are tokens, where ours has more: theirs has no others, since it would count them in its softmax."""
 
     @classmethod
     def of(cls, ours: str, *theirs: str, **options: Any) -> "Row":
@@ -117,7 +128,7 @@ class Row:
 
     def split(self, whole: Tensor, sizes: Mapping[str, int]) -> list[Tensor]:
         """Theirs from ours: the way back of `join`."""
-        experts = whole if self.n_stacked else [whole]
+        experts = whole if self.n_stacked else [whole[: self.n_tokens]]
         return [part.contiguous() for expert in experts for part in self._split(expert, sizes)]
 
     def _joined(self, tensors: Sequence[Tensor], names: Sequence[str], sizes: Mapping[str, int]) -> Tensor:
@@ -216,6 +227,9 @@ class Theirs:
             return {"kind": "rotary"}
         ours, keys = ROPE[kind]
         section = {"kind": ours, "theta": float(theta)} | ({"share": share} if share != 1 else {})
+        for key in {"factor", "original_max_position_embeddings"} & keys.keys():
+            if said.get(key) is None:
+                self.problems.append(f"rotary positions of kind {kind} need {key}, which is missing")
         section |= {keys[key]: value for key, value in said.items() if key in keys and value is not None}
         if unknown := {
             k: v for k, v in said.items() if k not in keys and v is not None and (k, v) != ("truncate", True)
@@ -232,8 +246,11 @@ class Theirs:
         Raises:
             CheckpointError: with everything that our model cannot be.
         """
+        known = self.read | NO_EFFECT
         unknown = {
-            k: v for k, v in self.values.items() if k not in self.read | NO_EFFECT and v not in (None, False, [], {})
+            k: v
+            for k, v in self.values.items()
+            if v is not None and k not in known and (v or k not in NO_EFFECT_IF_EMPTY)
         }
         found = [
             *self.problems,

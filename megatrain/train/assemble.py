@@ -47,7 +47,14 @@ from megatrain.train.hooks.metrics import Metrics
 from megatrain.train.hooks.saving import Saving
 from megatrain.train.hooks.wandb import Wandb
 from megatrain.train.narration import loss_of_a_peer, say_what_came, say_what_runs
-from megatrain.train.resume import commit_to_resume, finished, lineage, refuse_other_ledger, refuse_other_tokenizer
+from megatrain.train.resume import (
+    commit_to_resume,
+    finished,
+    lineage,
+    refuse_other_ledger,
+    refuse_other_model,
+    refuse_other_tokenizer,
+)
 from megatrain.train.stop import StopRequest, StopVote
 from megatrain.train.throughput import Throughput
 from megatrain.train.trainer import State, Trainer
@@ -115,6 +122,7 @@ class Session:
             self.mesh.axis("world"),
             keep=run.checkpoint.keep,
             go_on=run.checkpoint.failed_save == "go_on",
+            committed=lambda step: self.folder.note("saved", step, asynchronous=run.checkpoint.async_),
         )
         self.checkpoints.claim(run.folder)
         self.stack.push(self._close_checkpoints)
@@ -153,6 +161,7 @@ class Session:
             self.states_of_hooks = reader.state.get("hooks", {})
         elif self.run.checkpoint.init_from:
             source = self.checkpoints.open(self.run.checkpoint.init_from, only_weights)
+            refuse_other_model(source, self.run)
             refuse_other_tokenizer(source, self.tokenizer.fingerprint, acknowledge)
             self.checkpoints.load(source.reader(cast=True), self.engine, states=only_weights)
             log("weights are those of %s (step %d)", self.run.checkpoint.init_from, source.step)
@@ -219,14 +228,10 @@ class Session:
             go_back=self._go_back,
         )
         restore_states(self.hooks, self.states_of_hooks)
-        outcome = "failed"
+        outcome, stopped = "failed", None
         try:
-            trainer.run()
-            outcome = "finished"
-        except PreemptedError:
-            outcome = "preempted"
-            self.save()
-            raise
+            stopped = self._to_its_end(trainer)
+            outcome = "finished" if stopped is None else "preempted"
         except Exception as error:
             self.note("failed", error=f"{type(error).__name__}: {error}"[:2000])
             if lost_peer(error):
@@ -237,12 +242,31 @@ class Session:
         finally:
             if outcome != "failed":
                 trainer.vote.close()
-                self.checkpoints.wait()
                 self.note(outcome)
             for hook in hooks:
                 hook.finish(outcome)
             if self.rank == 0:
                 say_what_came(self.folder)
+        if stopped is not None:
+            raise stopped
+
+    def _to_its_end(self, trainer: Trainer) -> PreemptedError | None:
+        """Train until the budget is spent or the run is asked to stop, and have that state saved; returns the stop.
+
+        Raises:
+            FailedCheckpointError: it could not be saved, whatever `checkpoint.failed_save` says of those before.
+        """
+        stopped = None
+        try:
+            trainer.run()
+        except PreemptedError as error:
+            stopped = error
+        self.checkpoints.wait()
+        if self.state.step > self.resumed_at:
+            self.save()  # nothing, where a hook has saved this step
+            self.checkpoints.wait()
+            self.checkpoints.require(self.state.step)
+        return stopped
 
     def _go_back(self) -> None:
         """To the newest checkpoint, and on from there with the data that comes next."""
@@ -338,6 +362,7 @@ class Session:
         tokenizer = {
             "fingerprint": self.tokenizer.fingerprint,
             "end_of_document": self.tokenizer.end_of_document,
+            "vocab_size": self.tokenizer.vocab_size,
         }
         facts = {"config": self.run.shown(), "tokenizer": tokenizer, "lineage": self.lineage, SCORE: held_out_loss}
         if (head := self.bookkeeping.head) is not None:
@@ -345,7 +370,6 @@ class Session:
         self.checkpoints.save(
             self.state.step, self.engine.slices(), state, facts, asynchronous=self.run.checkpoint.async_
         )
-        self.note("saved", asynchronous=self.run.checkpoint.async_)
 
     def examine(self) -> Record:
         """The documents, gradient norms and activations of the step whose record hooks are told now."""

@@ -66,6 +66,16 @@ class RunFolder:
         with open(self.events, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
+    def saved_step(self) -> int | None:
+        """The last step that was committed since the run was started anew, by its events; None if none was."""
+        step = None
+        for line in read_json_lines(self.events):
+            if line["kind"] == "started":
+                step = None
+            elif line["kind"] == "saved":
+                step = line["step"]
+        return step
+
     def rewind_metrics(self, step: int) -> None:
         """Cut the metrics after `step`, where a resumed run goes on, and keep what is cut in events.jsonl.
 

@@ -1,5 +1,6 @@
 """Starting anew, going on, or refusing: what a run does about what its folder already holds."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,10 @@ from megatrain.base.errors import CheckpointError, ConfigError
 from megatrain.base.log import log, warn
 from megatrain.checkpoint.checkpoints import Checkpoints
 from megatrain.checkpoint.keys import acknowledged, changed_keys
-from megatrain.checkpoint.read import Commit
+from megatrain.checkpoint.model import config_of, other_meanings
+from megatrain.checkpoint.read import Commit, candidates
+from megatrain.checkpoint.remote import open_storage
+from megatrain.checkpoint.tokenizer import entry_of
 from megatrain.config.build import build, flat, plain
 from megatrain.config.source import from_plain
 from megatrain.data.ledger import FILE, Head, Ledger
@@ -20,12 +24,18 @@ def finished(run: Run) -> bool:
     """Whether the run's folder holds its last step; says so."""
     if run.checkpoint.resume == "never":
         return False
-    commits = Checkpoints(run.commits).commits()
-    if not commits or commits[-1].step < run.total_steps:
+    storage = open_storage(run.commits)
+    step, folder = next(iter(candidates(storage)), (0, ""))
+    if step < run.total_steps:
         return False
-    refuse_other_run(run, commits[-1].manifest.facts.get("config", {}))
-    where = redacted(run.commits)
-    log("%s has finished: step %d of %d is in %s", run.name, commits[-1].step, run.total_steps, where)
+    try:
+        commit = Commit.open(storage, folder)
+    except CheckpointError:
+        return False  # whoever resumes it is told
+    _refuse_other_run_of(commit, run)
+    where = redacted(storage.describe(folder))
+    log("%s has finished: step %d of %d is in %s", run.name, step, run.total_steps, where)
+    log("its bytes were not read now: megatrain checkpoint verify %s does", where)
     return True
 
 
@@ -48,14 +58,25 @@ def commit_to_resume(run: Run, checkpoints: Checkpoints) -> Commit | None:
         if former is not None:
             refuse_other_run(run, former)
         folder.refuse_foreign()
+        if (step := folder.saved_step()) is not None:
+            raise CheckpointError(
+                f"{run.folder} has saved step {step}, and {redacted(run.commits)} holds no checkpoint: bring it back "
+                "(is the disk mounted? is checkpoint.dir another?); to start anew, choose another name or remove "
+                f"{run.folder}"
+            )
         return None
     if run.checkpoint.resume == "never":
         raise ConfigError(
             f"checkpoint.resume is never and {redacted(run.commits)} holds step {commit.step}: choose another name, "
             "or set checkpoint.resume=auto"
         )
-    refuse_other_run(run, commit.manifest.facts.get("config", {}))
+    _refuse_other_run_of(commit, run)
     return commit
+
+
+def _refuse_other_run_of(commit: Commit, run: Run) -> None:
+    refuse_other_run(run, commit.manifest.facts.get("config", {}))
+    refuse_other_beginning(run, commit.manifest.facts.get("lineage") or [])
 
 
 def refuse_other_run(run: Run, former: dict[str, Any]) -> None:
@@ -77,20 +98,66 @@ def refuse_other_run(run: Run, former: dict[str, Any]) -> None:
     )
 
 
+def refuse_other_beginning(run: Run, lineage: list[dict[str, Any]]) -> None:
+    """Raise unless a run that says where its weights begin has begun there.
+
+    Raises:
+        ConfigError: it began otherwise, and `checkpoint.init_from` is not acknowledged.
+    """
+    wanted = run.checkpoint.init_from
+    if wanted is None or acknowledged("checkpoint.init_from", run.checkpoint.acknowledge):
+        return
+    began = next((line.get("init_from") for line in lineage if line.get("step") == 0), None)
+    if began is None or _place(began) != _place(wanted):
+        began_with = "weights of its own" if began is None else f"those of {began}"
+        raise ConfigError(
+            f"{run.folder} holds a run that began with {began_with}, and checkpoint.init_from is {wanted} here: choose "
+            "another name to begin there, or leave init_from out to go on"
+        )
+
+
+def _place(path: str) -> str:
+    return path.rstrip("/") if "://" in path else os.path.abspath(path)
+
+
 def refuse_other_tokenizer(commit: Commit, fingerprint: str, acknowledge: tuple[str, ...]) -> None:
     """Raise unless the weights of `commit` were trained on ids of the tokenizer that the data was made with.
 
     Raises:
         ConfigError: they were not, and `tokenizer` is not acknowledged.
     """
-    known = commit.manifest.facts.get("tokenizer")
-    theirs = known.get("fingerprint") if isinstance(known, dict) else known
+    theirs = entry_of(commit.manifest.facts).get("fingerprint")
     if theirs is not None and theirs != fingerprint and not acknowledged("tokenizer", acknowledge):
         raise ConfigError(
             f"{commit.storage.describe(commit.folder)} was trained with another tokenizer (sha256 {theirs[:12]}, the "
             f"data's is {fingerprint[:12]}), so the same ids mean other text: build the data with its "
             "tokenizer.json, or add tokenizer to checkpoint.acknowledge"
         )
+
+
+def refuse_other_model(commit: Commit, run: Run) -> None:
+    """Raise unless the run's `model` section is that of the weights in `commit`, up to what only training needs.
+
+    The same shapes can be read as other models: with other heads, positions, activations.
+
+    Raises:
+        ConfigError: naming every key that differs and is not acknowledged.
+    """
+    where = commit.storage.describe(commit.folder)
+    different = {
+        f"model.{key}": pair
+        for key, pair in other_meanings(config_of(commit)["model"], plain(run.model)).items()
+        if not acknowledged(f"model.{key}", run.checkpoint.acknowledge)
+    }
+    if not different:
+        return
+    raise ConfigError(
+        [f"{where} is no model of this run file (`megatrain checkpoint inspect {where} --model` writes its own):"]
+        + [
+            f"{key} is {_show(theirs)} there and {_show(mine)} here: set it so, or add {key} to checkpoint.acknowledge"
+            for key, (theirs, mine) in different.items()
+        ]
+    )
 
 
 def _filled(former: dict[str, Any]) -> dict[str, Any]:

@@ -158,7 +158,7 @@ REFUSED = {
     "a part of each head": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
                             "partial_rotary_factor": 0.25}}, "only 0.25 of each head"),
     "a key that may matter": ("llama", {"logit_softcapping": 30.0}, "logit_softcapping is 30.0, a key that"),
-    "an unknown family": ("opt", {}, "is a 'opt' model: "),
+    "an unknown family": ("opt", {}, "config.json is of a 'opt' model: "),
 }  # fmt: skip
 
 
@@ -274,6 +274,7 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
 )
 def test_an_index_that_is_none_is_refused(index, words, tmp_path):
     make(tmp_path / "theirs", "llama", SMALL)
+    (tmp_path / "theirs" / "model.safetensors").unlink()
     (tmp_path / "theirs" / "folder.safetensors").mkdir()
     (tmp_path / "theirs" / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=words):

@@ -100,10 +100,10 @@ class Llama:
             for part, kind in wanted.items()
             if getattr(model, part).kind != kind
         ]
-        if not isinstance(model.position, Rotary) or model.position.share != 1:
-            found.append(
-                f"position is {model.position.kind} or turns a part of each head, theirs is rotary on all of it"
-            )
+        if not isinstance(model.position, Rotary):
+            found.append(f"position is {model.position.kind}, theirs is rotary")
+        elif model.position.share != 1:
+            found.append(f"position.share is {model.position.share}, theirs turns each head as a whole")
         if model.norm.placement != placement:
             found.append(f"norm.placement is {model.norm.placement}, theirs is {placement}")
         if model.attention.qk_norm and model.attention.qk_norm_over != qk_norm_over:
