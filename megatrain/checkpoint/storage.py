@@ -168,7 +168,7 @@ def new_place(path: str | Path, what: str = "folder") -> Path:
             raise CheckpointError(f"{given} exists: name a new {what}, or remove it")
         if what == "file" and given.endswith("/"):
             raise CheckpointError(f"{given} is the name of a folder: name a new file")
-        longest = os.pathconf("/", "PC_NAME_MAX") - len("...unproven.partial")  # while it is being made
+        longest = os.pathconf("/", "PC_NAME_MAX") - len(".partial-12345678")
         if not path.name or len(os.fsencode(path.name)) > longest:
             raise CheckpointError(f"{given!r} is no name for a {what}: give one of 1 to {longest} bytes")
         above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))

@@ -11,6 +11,7 @@ def command() -> None:
 
     \b
     megatrain convert from-hf ~/models/Qwen3-0.6B --out qwen3
+    megatrain checkpoint inspect qwen3 --model > qwen3.yaml
     megatrain train run.yaml checkpoint.init_from=qwen3
     megatrain convert to-hf runs/tiny --out tiny-hf
     """
@@ -26,7 +27,7 @@ check = click.option(
 @click.option("--out", required=True, type=click.Path(), help="The new checkpoint's folder.")
 @check
 def from_hf(folder: str, out: str, check: bool) -> None:
-    """Make a checkpoint of the Hugging Face model in FOLDER, for generate, evaluate and checkpoint.init_from.
+    """Make a checkpoint of the Hugging Face model in FOLDER, for generate and checkpoint.init_from.
 
     \b
     megatrain convert from-hf ~/models/Llama-3.2-1B --out llama

@@ -20,16 +20,19 @@ def made_beside(out: Path) -> Iterator[Path]:
     """A place beside `out` to make it in, gone at the end unless `published`; what a kill left there goes first.
 
     Raises:
-        CheckpointError: for any error of the file system, in words.
+        CheckpointError: for any error of the file system, in words that name `out`.
     """
-    place = out.with_name(f".{out.name}.unproven")
+    around = out.with_name(f".{out.name}.unproven")
+    place = around / out.name
     try:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(around, ignore_errors=True)
         yield place
     except OSError as error:
         raise refusal(error, f"writing {out}", LocalStorage(out.parent)) from None
+    except FailedCheckpointError as error:
+        raise FailedCheckpointError(str(error).replace(str(place), str(out))) from error
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(around, ignore_errors=True)
 
 
 def published(place: Path, out: Path, check: bool, proof: Proof) -> Report:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatrain.base.errors import CheckpointError
+from megatrain.base.errors import CheckpointError, FailedCheckpointError
 from megatrain.checkpoint.checkpoints import Checkpoints
 from megatrain.checkpoint.config import Keep
 from megatrain.checkpoint.read import find, only_weights
@@ -130,7 +130,23 @@ def test_a_full_disk_is_told_with_bytes_and_training_may_go_on(tmp_path):
     needed = sum(x.numel() * 4 for x in full_tensors().values())
     assert len(checkpoints.failures) == 2
     assert f"{needed} bytes are needed and " in checkpoints.failures[0]
+    assert checkpoints.failures[0].endswith("make room, or lower checkpoint.keep.last")
     assert steps(checkpoints) == [1]
+    with pytest.raises(FailedCheckpointError, match=r"step 3 is lost, its checkpoint was not saved: no room"):
+        checkpoints.require(3)
+
+
+def test_a_step_is_told_once_it_is_a_commit_and_not_before(tmp_path):
+    told = []
+    fault = refuse(errno.EIO, "after COMMIT")
+    checkpoints = Checkpoints(tmp_path, go_on=True, committed=told.append)
+    save(checkpoints, 1)
+    checkpoints.wait()
+    checkpoints.require(1)
+    assert told == [1]
+    failing = Checkpoints(tmp_path, go_on=True, committed=told.append, fault=fault)
+    save(failing, 2, asynchronous=False)
+    assert told == [1]
 
 
 def test_a_save_that_cannot_fit_is_refused_before_anything_is_written(tmp_path):

@@ -180,8 +180,8 @@ def test_an_average_of_one_is_the_same_bits(tmp_path):
 
 @pytest.mark.parametrize(
     "shares",
-    [[float("nan"), 1.0], [float("inf"), 1.0], [1e308, 1e308], [1.0, -1.0], [1.0]],
-    ids=["nan", "inf", "too large", "to 0", "one too few"],
+    [[float("nan"), 1.0], [float("inf"), 1.0], [1e308, 1e308], [1.0, -1.0], [1.0, -0.9999], [1.0]],
+    ids=["nan", "inf", "too large", "to 0", "next to 0", "one too few"],
 )
 def test_shares_that_make_no_mean_are_refused(shares, tmp_path):
     commit(tmp_path / "a", full_tensors()), commit(tmp_path / "b", full_tensors())
@@ -208,6 +208,44 @@ def test_checkpoints_of_different_models_are_not_averaged(tmp_path):
     commit_of(tmp_path / "b", ranks_of(full_tensors(), 1, 1, False, SPECS[:2]))
     with pytest.raises(CheckpointError, match="not of the same model"):
         average([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+
+
+DECODER = {"kind": "decoder", "d_model": 32, "n_layers": 2, "n_heads": 4, "d_ff": 48}
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"config": {"model": DECODER | {"n_heads": 2}}}, "model.n_heads is 2 and 4"),
+        ({"config": {"model": DECODER | {"position": {"kind": "rotary", "theta": 500.0}}}}, "position.theta is 500"),
+        ({"config": {"model": DECODER | {"feed_forward": {"kind": "geglu"}}}}, "feed_forward.kind is geglu"),
+        ({"tokenizer": {"fingerprint": "of another"}}, "their tokenizers differ"),
+    ],
+    ids=["heads", "theta", "activation", "tokenizer"],
+)
+def test_checkpoints_of_the_same_shapes_and_another_meaning_are_not_averaged(other, words, tmp_path):
+    commit(tmp_path / "a", full_tensors(), config={"model": DECODER})
+    commit(tmp_path / "b", full_tensors(), **({"config": {"model": DECODER}} | other))
+    with pytest.raises(CheckpointError, match=rf"not of the same model \(.*{words}"):
+        average([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    same = {"model": DECODER | {"dropout": 0.5, "n_kv_heads": 4, "position": {"kind": "rotary"}}}  # its defaults
+    commit(tmp_path / "c", full_tensors(), config=same)
+    average([tmp_path / "a", tmp_path / "c"], tmp_path / "out")
+
+
+def test_values_that_are_not_finite_are_told_apart_from_those_that_differ(tmp_path):
+    full = full_tensors()
+    x = full["weights", "embedding.weight"]
+    x[0, 0] = float("nan")
+    commit(tmp_path / "a", full), commit(tmp_path / "same", full)
+    x[1, 0] = float("inf")
+    x[2, 0] += 0.5
+    commit(tmp_path / "b", full)
+    a, b = find(tmp_path / "a").reader(), find(tmp_path / "b").reader()
+    assert not list(diff(a, find(tmp_path / "same").reader()))
+    (found,) = list(diff(a, b))
+    assert found.how.startswith("2 of 48 elements differ, by at most 0.5;")
+    assert found.how.endswith("1 of them are not finite in a or in b")
 
 
 def test_a_checkpoint_written_tensor_by_tensor_has_many_files_and_all_values(tmp_path):

@@ -1,9 +1,12 @@
 """DeepSpeed's checkpoints, written by DeepSpeed itself, read without executing anything in them."""
 
 import argparse
+import json
 import os
 import pickle
+import resource
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -160,14 +163,19 @@ ODD = [
 """Sound pickles that hold something else than belongs there."""
 
 
+def with_moments(folder: Path) -> None:
+    """`folder`/theirs as a checkpoint `folder`/trained that has moments: its weights once more."""
+    from_hugging_face(folder / "theirs", folder / "converted", check=False)
+    commit = find(folder / "converted")
+    held = [("weights", name, commit.reader().read_full(name)) for name in commit.reader().names()]
+    held += [(state, name, x) for state in ("exp_avg", "exp_avg_sq") for _, name, x in held]
+    write_checkpoint(folder / "trained", held, step=1, state=None, facts=commit.manifest.facts)
+
+
 @pytest.mark.parametrize("ranks", [None, 2], ids=["universal", "zero"])
 def test_a_file_that_holds_another_object_is_refused_in_words(ranks, tmp_path):
     make(tmp_path / "theirs", "llama", SMALL | {"num_hidden_layers": 1})
-    from_hugging_face(tmp_path / "theirs", tmp_path / "ours", check=False)
-    commit = find(tmp_path / "ours")
-    held = [("weights", name, commit.reader().read_full(name)) for name in commit.reader().names()]
-    held += [(state, name, x) for state in ("exp_avg", "exp_avg_sq") for _, name, x in held]
-    write_checkpoint(tmp_path / "trained", held, step=1, state=None, facts=commit.manifest.facts)
+    with_moments(tmp_path)
     to_deepspeed(tmp_path / "trained", tmp_path / "out", ranks=ranks, check=False)
     files = sorted((tmp_path / "out").glob("*/zero/model.norm.weight/*.pt" if ranks is None else "*/*_states.pt"))
     files = [path for path in files if path.name != "step.pt"]  # which is not read
@@ -188,6 +196,35 @@ def test_a_checkpoint_without_moments_is_not_written_for_deepspeed(tmp_path):
     with pytest.raises(CheckpointError, match="does not hold exp_avg and exp_avg_sq of every weight"):
         to_deepspeed(tmp_path / "ours", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["global_step1", "."], ids=["in the step's folder", "above it"])
+def test_the_config_beside_a_checkpoint_must_be_that_of_like(place, tmp_path):
+    """The same tensors under another config are another model, which would be proven against itself."""
+    make(tmp_path / "theirs", "llama", SMALL | GROUPED)
+    with_moments(tmp_path)
+    to_deepspeed(tmp_path / "trained", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").rename(tmp_path / "out" / place / "config.json")
+    theta = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rms_norm_eps": 1e-3}
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config | theta))
+    with pytest.raises(CheckpointError, match=r"are of different models \(norm\.eps .*, position\.theta .*500"):
+        from_deepspeed(tmp_path / "out", tmp_path / "theirs", tmp_path / "ours")
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
+    assert from_deepspeed(tmp_path / "out", tmp_path / "theirs", tmp_path / "ours").passed
+
+
+def test_files_of_more_ranks_than_may_be_open_at_once_are_written_and_read(tmp_path):
+    make(tmp_path / "theirs", "llama", SMALL | {"num_hidden_layers": 1})
+    with_moments(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, limits[1]))
+    try:
+        assert to_deepspeed(tmp_path / "trained", tmp_path / "out", ranks=100).passed
+        assert from_deepspeed(tmp_path / "out", tmp_path / "out", tmp_path / "ours").passed
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert_same_tensors(tmp_path / "ours", tmp_path / "trained")
 
 
 # ------------------------------------------------------------------------------------------------ pickles
@@ -288,6 +325,12 @@ def test_storages_that_lie_are_refused(tmp_path):
             file.writestr("x/data.pkl", change)
             file.writestr("x/data/0", torch.arange(6.0).numpy().tobytes())
         with pytest.raises(CheckpointError, match="damaged"):
+            load_pickled(tmp_path / "y.pt")
+    for size, stride, offset in [((7,), (1,), 0), ((2, 3), (9, 1), 0), ((2,), (1,), 5), ((2,), (-1,), 1)]:
+        storage = torch.arange(6.0)._typed_storage()
+        lie = Payload(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, OrderedDict())
+        torch.save({"a": lie}, tmp_path / "y.pt")
+        with pytest.raises(CheckpointError, match="damaged: a tensor lies beyond its storage"):
             load_pickled(tmp_path / "y.pt")
     (tmp_path / "z.pt").write_bytes(data[: len(data) // 2])
     with pytest.raises(CheckpointError, match="cannot be read"):

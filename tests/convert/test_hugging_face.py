@@ -19,6 +19,7 @@ from megatrain.convert.families.llama import Llama
 from megatrain.convert.folder import Folder
 from megatrain.convert.hugging_face import from_hugging_face, to_hugging_face
 from megatrain.convert.table import Row
+from megatrain.data.tokenizer import train_tokenizer
 
 SMALL = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -298,6 +299,13 @@ def test_a_header_whose_dtype_is_no_text_is_damaged(dtype, tmp_path):
         ({"rope_parameters": "abc"}, "has a value that no llama model has"),
         ({"rope_parameters": {"rope_type": ["x"]}}, "has a value that no llama model has"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "has a value that no llama model has"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
+            "rotary positions of kind linear need factor, which is missing",
+        ),
+        ({"is_causal": False}, "is_causal is False, a key that"),
+        ({"logit_softcapping": 0}, "logit_softcapping is 0, a key that"),
+        ({"per_layer_windows": []}, r"per_layer_windows is \[\], a key that"),
         ({"vocab_size": -1}, "vocab_size=-1: it must be at least 1"),
         (
             {"vocab_size": float(SMALL["vocab_size"])},
@@ -313,6 +321,63 @@ def test_a_config_that_cannot_be_is_refused(change, words, tmp_path):
     with pytest.raises((CheckpointError, ConfigError), match=words):
         from_hugging_face(tmp_path / "theirs", tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+def test_defaults_that_old_files_write_out_are_taken(tmp_path):
+    make(tmp_path / "theirs", "llama", SMALL)
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    old = {"torchscript": False, "pruned_heads": {}, "output_attentions": False, "bad_words_ids": None, "prefix": None}
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config | old))
+    assert from_hugging_face(tmp_path / "theirs", tmp_path / "ours").passed
+
+
+def test_values_that_the_asked_for_dtype_cannot_hold_are_refused(tmp_path):
+    """In a row that no prompt of the check may meet."""
+    make(tmp_path / "theirs", "llama", SMALL)
+    spoil(tmp_path / "theirs", lambda h: h["model.embed_tokens.weight"][60].fill_(1e5))
+    from_hugging_face(tmp_path / "theirs", tmp_path / "ours")
+    with pytest.raises(CheckpointError, match=r"32 values of model\.embed_tokens\.weight are too large for float16"):
+        to_hugging_face(tmp_path / "ours", tmp_path / "half", dtype="fp16")
+    assert not [p for p in tmp_path.iterdir() if "half" in p.name]
+    assert to_hugging_face(tmp_path / "ours", tmp_path / "half", dtype="bf16").passed
+
+
+def test_two_sets_of_weights_in_one_folder_are_refused(tmp_path):
+    make(tmp_path / "theirs", "llama", SMALL, shard="20KB")
+    save_file({"model.norm.weight": torch.ones(32)}, tmp_path / "theirs" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"has both .*index\.json and model\.safetensors"):
+        Folder(tmp_path / "theirs")
+
+
+def test_an_index_of_other_files_is_refused(tmp_path):
+    make(tmp_path / "theirs", "llama", SMALL, shard="20KB")
+    path = tmp_path / "theirs" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    files = sorted(set(index["weight_map"].values()))
+    index["weight_map"]["model.norm.weight"] = next(
+        name for name in files if name != index["weight_map"]["model.norm.weight"]
+    )
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"says that .* holds model\.norm\.weight, and it does not"):
+        Folder(tmp_path / "theirs")
+
+
+def test_a_tokenizer_of_more_tokens_than_rows_is_refused(tmp_path):
+    make(tmp_path / "theirs", "llama", SMALL)
+    (tmp_path / "theirs" / "tokenizer.json").write_bytes(train_tokenizer(["a text of its own"], 280))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json has 2\d\d tokens and the embedding 61 rows"):
+        from_hugging_face(tmp_path / "theirs", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("files", [("vocab.json", "merges.txt"), ("tokenizer.model",)], ids=["BPE", "SentencePiece"])
+def test_a_tokenizer_in_an_older_form_is_left_out_aloud(files, tmp_path, caplog):
+    make(tmp_path / "theirs", "llama", SMALL)
+    for name in files:
+        (tmp_path / "theirs" / name).write_text("x")
+    assert from_hugging_face(tmp_path / "theirs", tmp_path / "ours").passed
+    assert f"has {' and '.join(files)} and no tokenizer.json, so the model comes without a tokenizer" in caplog.text
+    assert find(tmp_path / "ours").manifest.facts["tokenizer"] is None
 
 
 def test_a_model_of_no_family_is_refused_with_each_ones_reasons(tmp_path):

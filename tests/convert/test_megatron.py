@@ -18,6 +18,7 @@ from megatrain.base.errors import CheckpointError, FailedCheckpointError
 from megatrain.checkpoint.read import find
 from megatrain.convert.megatron import from_megatron
 from megatrain.convert.torch_dist import DistFolder
+from megatrain.data.tokenizer import train_tokenizer
 from tests.convert.test_deepspeed import Payload
 from tests.ranks import run
 
@@ -209,6 +210,14 @@ def test_what_our_model_cannot_be_is_refused(changes, words, tmp_path):
     torch.save(held, file)
     with pytest.raises(CheckpointError, match=words):
         from_megatron(folder, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_tokenizer_of_more_tokens_than_rows_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(train_tokenizer(["a text of its own"], 280))
+    folder = write_ranks(tmp_path / "theirs", LLAMA, 1, 1)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json has 2\d\d tokens and the embedding \d+ rows"):
+        from_megatron(folder, tmp_path / "ours", tokenizer=tmp_path / "tokenizer.json")
     assert not (tmp_path / "ours").exists()
 
 

@@ -11,6 +11,8 @@ from megatrain.checkpoint.model import build_model, model_choice
 from megatrain.checkpoint.read import find
 from megatrain.checkpoint.stream import write_checkpoint
 from megatrain.cli.convert import command
+from megatrain.convert.check import logits
+from megatrain.convert.deepspeed import from_deepspeed, to_deepspeed
 from megatrain.convert.hugging_face import from_hugging_face, to_hugging_face
 from megatrain.data.tokenizer import Tokenizer, train_tokenizer, with_in_front
 from megatrain.generate.load import load
@@ -111,13 +113,57 @@ def test_the_way_back_keeps_the_tokenizer_and_its_end_of_document(content, token
     assert (tmp_path / "again" / "tokenizer.json").read_bytes() == content
 
 
-def trained(folder, content: bytes):
+def trained(folder, content: bytes, states=("weights",), facts=None, **options):
     """A checkpoint as `megatrain train` leaves it: its config has a `train` section."""
-    commit = checkpoint(folder, content)
-    facts = commit.manifest.facts
+    commit = checkpoint(folder, content, **options)
+    facts = commit.manifest.facts | (facts or {})
     facts["config"]["train"] = {}
-    held = (("weights", name, commit.reader().read_full(name)) for name in commit.reader().names())
+    held = ((state, name, commit.reader().read_full(name)) for state in states for name in commit.reader().names())
     return write_checkpoint(folder / "checkpoints" / "step-00000008", held, step=8, state=None, facts=facts)
+
+
+def told(content: bytes) -> dict:
+    held = Tokenizer.parse(content, "here")
+    return {"tokenizer": {"fingerprint": held.fingerprint, "end_of_document": 0, "vocab_size": held.vocab_size}}
+
+
+@pytest.mark.parametrize("known_by", ["the checkpoint", "the tokenizer's file"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_rows_that_fill_the_vocabulary_up_are_not_tokens_of_theirs(tied, known_by, content, tmp_path):
+    """They were in no softmax here, and would be in that of transformers."""
+    facts = told(content) if known_by == "the checkpoint" else None
+    commit = trained(tmp_path / "run", content, facts=facts, vocab_size=320, tie_embeddings=tied)
+    n = Tokenizer.parse(content, "here").vocab_size
+    assert commit.reader().shapes()["embedding.weight"] == (320, 32)
+    assert n < 320
+    assert to_hugging_face(tmp_path / "run", tmp_path / "hf").passed
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    assert theirs.config.vocab_size == n
+    tokens = torch.arange(40)[None]
+    mine = build_model(commit, n_valid=n).eval()
+    assert mine.n_valid == n
+    torch.testing.assert_close(theirs(tokens).logits.softmax(-1), logits(mine, tokens).softmax(-1))
+
+
+def test_rows_that_fill_the_vocabulary_up_do_not_go_to_deepspeed(content, tmp_path):
+    trained(tmp_path / "run", content, ("weights", "exp_avg", "exp_avg_sq"), told(content), vocab_size=320)
+    assert to_deepspeed(tmp_path / "run", tmp_path / "universal").passed
+    assert to_deepspeed(tmp_path / "run", tmp_path / "zero", ranks=2).passed
+    for name in ("universal", "zero"):
+        from_deepspeed(tmp_path / name, tmp_path / name, tmp_path / f"{name}-ours")
+        reader = find(tmp_path / f"{name}-ours").reader()
+        n = Tokenizer.parse(content, "here").vocab_size
+        assert {reader.shapes(state)["embedding.weight"] for state in reader.states()} == {(n, 32)}
+
+
+def test_all_rows_of_a_converted_model_go_back(content, tmp_path):
+    """Its authors' model has them in its softmax, whatever the tokenizer says."""
+    checkpoint(tmp_path / "run", content, vocab_size=320)
+    to_hugging_face(tmp_path / "run", tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["vocab_size"] == 320
+    from_hugging_face(tmp_path / "hf", tmp_path / "ours")
+    to_hugging_face(tmp_path / "ours", tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["vocab_size"] == 320
 
 
 def without_template(content: bytes) -> bytes:

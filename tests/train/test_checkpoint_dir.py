@@ -1,12 +1,13 @@
 """Checkpoints that lie elsewhere than the run: in a folder, or in an object store that is a real server."""
 
+import shutil
 import uuid
 from pathlib import Path
 
 import pytest
 
 import megatrain
-from megatrain.base.errors import ConfigError, PreemptedError
+from megatrain.base.errors import CheckpointError, ConfigError, PreemptedError
 from megatrain.checkpoint.read import find
 from megatrain.train.run import train
 from tests.servers import ObjectServer
@@ -47,6 +48,22 @@ def test_two_runs_under_one_folder_do_not_meet(tmp_path: Path, text_data: Path) 
     train(path, ["name=b", "seed=1"])
     assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["a", "b"]
     assert find(tmp_path / "runs/b").digest != find(tmp_path / "runs/a").digest
+
+
+def test_commits_left_in_a_runs_folder_are_not_those_of_its_checkpoint_dir(tmp_path: Path, text_data: Path) -> None:
+    path = write_run(tmp_path, text_data, train__steps=2)
+    train(path, ["name=a"])
+    old = tmp_path / "runs/a/checkpoints"
+    shutil.copytree(old, tmp_path / "kept/a")
+    train(path, ["name=a", "train.steps=4", "checkpoint.acknowledge=[train.steps]", f"checkpoint.dir={tmp_path}/kept"])
+    assert old.is_dir()
+    assert find(tmp_path / "runs/a").step == megatrain.load(tmp_path / "runs/a").step == 4
+    shutil.rmtree(old)
+    shutil.rmtree(tmp_path / "kept")
+    with pytest.raises(
+        CheckpointError, match=rf"holds no checkpoint: .*\(its checkpoint\.dir says {tmp_path}/kept/a\)"
+    ):
+        find(tmp_path / "runs/a")
 
 
 @pytest.mark.parametrize(

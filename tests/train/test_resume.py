@@ -1,12 +1,17 @@
 """Stopping and going on: nothing of the run may show that it was interrupted."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
+from click.testing import CliRunner
 
 import megatrain
-from megatrain.base.errors import ConfigError, PreemptedError
+from megatrain.base.errors import CheckpointError, ConfigError, FailedCheckpointError, PreemptedError
+from megatrain.checkpoint.save import Save
+from megatrain.cli.checkpoint import command
 from megatrain.data.build import BuildOptions, build
 from megatrain.train.run import train
 from tests.ranks import RankError, run
@@ -125,6 +130,139 @@ def test_init_from_takes_the_weights_and_starts_anew(tmp_path: Path, text_data: 
     (start,) = events(tmp_path / "runs/second", "evaluated")
     assert start["held_out_loss"] == pytest.approx(last, rel=1e-6)
     assert metrics(tmp_path / "runs/second")[0]["step"] == 1
+
+
+OTHER_MEANINGS = {
+    "model.n_heads": {"model__n_heads": 2, "model__n_kv_heads": 1},
+    "model.position.kind": {"model__position": {"kind": "none"}},
+    "model.position.factor": {"model__position": {"kind": "rotary_linear", "factor": 2.0}},
+    "model.feed_forward.kind": {"model__feed_forward": {"kind": "geglu"}},
+    "model.norm.eps": {"model__norm": {"kind": "rms_norm", "eps": 1e-3}},
+    "model.attention.window": {"model__attention": {"kind": "sliding_window", "window": 4}},
+    "model.scale_embeddings": {"model__scale_embeddings": True},
+}
+
+
+@pytest.fixture(scope="module")
+def first(text_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("first")
+    train(write_run(folder, text_data, train__steps=2), ["name=first"])
+    return folder / "runs/first"
+
+
+@pytest.mark.parametrize("key", OTHER_MEANINGS)
+def test_weights_of_the_same_shapes_and_another_meaning_are_refused(
+    key: str, first: Path, tmp_path: Path, text_data: Path
+) -> None:
+    path = write_run(tmp_path, text_data, train__steps=2, checkpoint__init_from=str(first), **OTHER_MEANINGS[key])
+    with pytest.raises(ConfigError, match=rf"is no model of this run file .*inspect {first}") as caught:
+        train(path)
+    assert f"{key} is " in str(caught.value)
+    names = [line.split(" is ")[0].split(": ")[-1] for line in str(caught.value).splitlines()[1:]]
+    assert train(path, [f"checkpoint.acknowledge=[{','.join(names)}]"]) == "finished"
+
+
+def test_weights_of_other_shapes_are_refused_by_the_name_of_where_they_are(
+    first: Path, tmp_path: Path, text_data: Path
+) -> None:
+    path = write_run(tmp_path, text_data, checkpoint__init_from=str(first), model__d_ff=64)
+    with pytest.raises(CheckpointError, match=rf"{first}/checkpoints/step-00000002 is not of this model:"):
+        train(path, ["checkpoint.acknowledge=[model.d_ff]"])
+
+
+def test_weights_may_come_with_other_dropout_and_initialisation(first: Path, tmp_path: Path, text_data: Path) -> None:
+    only_in_training = {"model__dropout": 0.1, "model__init_std": 0.5}
+    path = write_run(tmp_path, text_data, train__steps=2, checkpoint__init_from=str(first), **only_in_training)
+    assert train(path) == "finished"
+
+
+def test_the_model_section_that_inspect_writes_is_taken(first: Path, tmp_path: Path, text_data: Path) -> None:
+    done = CliRunner().invoke(command, ["inspect", str(first), "--model"], catch_exceptions=False)
+    (tmp_path / "model.yaml").write_text(done.output)
+    path = write_run(tmp_path, text_data, train__steps=2, checkpoint__init_from=str(first))
+    section = yaml.safe_load(path.read_text())
+    del section["model"]
+    path.write_text(yaml.safe_dump(section | {"base": ["model.yaml"]}))
+    assert train(path) == "finished"
+    as_json = CliRunner().invoke(command, ["inspect", str(first), "--model", "--json"], catch_exceptions=False)
+    assert json.loads(as_json.output) == yaml.safe_load(done.output)
+
+
+def test_a_run_that_began_elsewhere_does_not_go_on_as_if_it_had_begun_there(
+    first: Path, tmp_path: Path, text_data: Path
+) -> None:
+    path = write_run(tmp_path, text_data, train__steps=2)
+    train(path, ["name=own"])
+    with pytest.raises(ConfigError, match=rf"began with weights of its own, and checkpoint\.init_from is {first} here"):
+        train(path, ["name=own", f"checkpoint.init_from={first}"])
+    train(path, ["name=from", f"checkpoint.init_from={first}"])
+    with pytest.raises(ConfigError, match=rf"began with those of {first}, and checkpoint\.init_from is \S*/own here"):
+        train(path, ["name=from", f"checkpoint.init_from={tmp_path}/runs/own"])
+    assert train(path, ["name=from", f"checkpoint.init_from={first}/"]) == "already finished"
+    assert train(path, ["name=from"]) == "already finished"
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Saves of these steps fail as on a full disk."""
+    run = Save.run
+
+    def fail(save: Save) -> None:
+        if save.step in steps:
+            raise FailedCheckpointError("no room for a checkpoint")
+        run(save)
+
+    monkeypatch.setattr(Save, "run", fail)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_run_whose_last_state_is_not_saved_has_not_finished(
+    asynchronous: bool, tmp_path: Path, text_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_run(tmp_path, text_data, checkpoint__failed_save="go_on", checkpoint__async=asynchronous)
+    failing(monkeypatch, 6, 12)
+    with pytest.raises(FailedCheckpointError, match=r"step 12 is lost, its checkpoint was not saved: no room"):
+        train(path)
+    folder = tmp_path / "runs/small"
+    assert not events(folder, "saved")
+    assert not events(folder, "finished")
+    assert "step 12 is lost" in events(folder, "failed")[0]["error"]
+    assert [line["step"] for line in metrics(folder)] == list(range(1, 13))
+
+
+def test_a_save_in_between_may_fail_and_no_event_says_that_it_was_saved(
+    tmp_path: Path, text_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_run(tmp_path, text_data, checkpoint__failed_save="go_on", checkpoint__every=3)
+    failing(monkeypatch, 6)
+    assert train(path) == "finished"
+    assert [event["step"] for event in events(tmp_path / "runs/small", "saved")] == [3, 9, 12]
+
+
+@pytest.mark.parametrize("how", ["removed", "another checkpoint.dir"])
+def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(how: str, tmp_path: Path, text_data: Path) -> None:
+    path = write_run(tmp_path, text_data, train__steps=4)
+    train(path)
+    folder = tmp_path / "runs/small"
+    before = (folder / "metrics.jsonl").read_bytes()
+    elsewhere = [f"checkpoint.dir={tmp_path}/elsewhere"] if how == "another checkpoint.dir" else []
+    if how == "removed":
+        (folder / "checkpoints").rename(tmp_path / "unmounted")
+    with pytest.raises(CheckpointError, match=r"has saved step 4, and \S* holds no checkpoint: bring it back"):
+        train(path, elsewhere)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    if how == "removed":
+        (tmp_path / "unmounted").rename(folder / "checkpoints")
+    assert train(path) == "already finished"
+
+
+def test_a_finished_run_says_that_it_did_not_read_its_checkpoint(
+    tmp_path: Path, text_data: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write_run(tmp_path, text_data, train__steps=2)
+    train(path)
+    assert train(path) == "already finished"
+    assert f"megatrain checkpoint verify {tmp_path}/runs/small/checkpoints/step-00000002 does" in capfd.readouterr().err
 
 
 def test_resume_must_refuses_to_start_and_never_refuses_to_go_on(tmp_path: Path, text_data: Path) -> None:
