@@ -34,7 +34,7 @@ def build_engine(run: Run, tokenizer: TokenizerEntry, mesh: Mesh, device: Device
     with device.torch:  # a rank's own part only, where it will be: a host has no room for eight whole models
         model = build_model(run, plan, mesh, n_valid=tokenizer.vocab_size, seq_len=run.data.seq_len, tp=tp, cp=cp)
     initialise(model, run.seed)
-    products = _quantised(run, model, mesh, device)
+    products = quantised(run, model, mesh, device)
     inside = run.layout.recompute in INSIDE
     if inside:
         recompute(model.layers, run.layout.recompute)
@@ -68,13 +68,19 @@ def build_engine(run: Run, tokenizer: TokenizerEntry, mesh: Mesh, device: Device
     return Guarded(engine, guard, device.torch)
 
 
-def _quantised(run: Run, model: Any, mesh: Mesh, device: Device) -> dict[str, Quantised]:
+def quantised(run: Run, model: Any, mesh: Mesh, device: Device) -> dict[str, Quantised]:
     """Let layers of `model` multiply in eight bits where the run asks for it; their products by name."""
     eight_bits = run.precision.eight_bits
     if eight_bits is None:
         return {}
     if why_not := eight_bits.card_problem(device.capability()):
         raise ConfigError(why_not)
+    fp8 = run.precision.fp8
+    if fp8 is not None and fp8.backend != "torch" and run.layout.compiles(device.kind):
+        raise ConfigError(
+            f"precision.fp8.backend={fp8.backend} cannot be part of a compiled block: set layout.compile=false, "
+            "or backend=torch"
+        )
     return quantise(model, eight_bits, run.model.n_layers, mesh.axis("tp"), mesh.axis("row"))
 
 

@@ -11,6 +11,7 @@ from megatrain.data.stream import Order, Stream
 from megatrain.engine.layout import layout_problems
 from megatrain.models.recompute import unmatched
 from megatrain.nn.precision.select import selection_problems
+from megatrain.nn.precision.transformer_engine import shape_problems
 from megatrain.parallel.tensor import TensorParallel
 from megatrain.train.config import Run
 
@@ -65,8 +66,13 @@ def precision_problems(run: Run, world: int) -> list[str]:
     tp = TensorParallel(run.layout.mesh(world).axis("tp"))
     with torch.device("meta"):
         model = run.model.build(n_valid=run.model.vocab_size or tp.size, seq_len=run.data.seq_len, tp=tp)
-    key = "precision.int8" if run.precision.fp8 is None else "precision.fp8"
-    return selection_problems(model, eight_bits, run.model.n_layers, key)
+    fp8 = run.precision.fp8
+    found = selection_problems(
+        model, eight_bits, run.model.n_layers, "precision.int8" if fp8 is None else "precision.fp8"
+    )
+    if fp8 is not None and fp8.backend != "torch":
+        found += shape_problems(run.layout.micro_batch * run.data.seq_len // run.layout.cp)
+    return found
 
 
 def retention_problems(run: Run) -> list[str]:

@@ -1,5 +1,6 @@
 """The guard demotes the layer that is off, and it alone; promotes it when that is over; and travels in checkpoints."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -27,6 +28,7 @@ from tests.engine.toy import (
     toy_batch,
     toy_engine,
 )
+from tests.nn import engine_stand_in
 from tests.ranks import run
 
 LAYERS, EVERY, STEPS, LR = 2, 4, 16, 5e-3
@@ -93,6 +95,14 @@ def test_a_planted_outlier_is_demoted_alone_and_promoted_when_it_goes():
     off = [abs(a - b) for a, b in zip(free["losses"], exact["losses"], strict=True)]
     held = [abs(a - b) for a, b in zip(guarded["losses"], exact["losses"], strict=True)]
     assert 2 * max(held[8:END]) < max(off[8:END]) > 0.2, (held, off)  # what is held is off by eight bits alone
+
+
+def test_layers_by_transformer_engine_are_watched_alike():
+    engine = dataclasses.replace(FP8, backend="transformer_engine", weight_gradient="low")
+    with engine_stand_in.installed() as recipes:
+        found = train(True, 1, eight_bits=engine)
+    assert recipes
+    assert [verdict.in_bf16 for verdict in found["verdicts"]] == [[], [], [PLANTED], []]
 
 
 def test_stopping_and_resuming_changes_nothing():

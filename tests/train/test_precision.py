@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 
 from megatrain.base.errors import ConfigError
+from megatrain.parallel.mesh import Mesh
 from megatrain.report.page import page
 from megatrain.report.run import read_run as read_record
+from megatrain.train.build import quantised
 from megatrain.train.config import read_run
 from megatrain.train.run import train
+from tests.nn import engine_stand_in
 from tests.ranks import run
 from tests.train.small import events, metrics, on_ranks, write_run
 
@@ -74,6 +77,36 @@ def test_what_cannot_be_is_refused_before_anything_starts(tmp_path: Path, text_d
         train(read_run(path).run)
     assert words in str(refused.value)
     assert not (tmp_path / "runs").exists()
+
+
+BY_ENGINE = EIGHT_BITS["precision__fp8"] | {"backend": "transformer_engine", "weight_gradient": "low"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"precision__fp8": BY_ENGINE | {"weight_gradient": "high"}}, "set weight_gradient=low, or backend=torch"),
+        ({"data__seq_len": 24}, "multiplies a multiple of 32 tokens at once"),
+        ({}, "precision.fp8.backend=transformer_engine needs an NVIDIA GPU, and this is a CPU"),
+    ],
+)
+def test_transformer_engine_is_refused_where_it_cannot_be(tmp_path: Path, text_data: Path, change, words) -> None:
+    path = write_run(tmp_path, text_data, **(EIGHT_BITS | {"precision__fp8": BY_ENGINE} | change))
+    with pytest.raises(ConfigError) as refused:
+        train(read_run(path).run)
+    assert words in str(refused.value)
+
+
+def test_transformer_engine_is_not_compiled(tmp_path: Path, text_data: Path) -> None:
+    class Card:
+        kind = "cuda"
+
+        def capability(self) -> tuple[int, int]:
+            return 9, 0
+
+    run = read_run(write_run(tmp_path, text_data, **(EIGHT_BITS | {"precision__fp8": BY_ENGINE}))).run
+    with engine_stand_in.installed(), pytest.raises(ConfigError, match=r"set layout\.compile=false, or backend=torch"):
+        quantised(run, None, Mesh(), Card())
 
 
 PIPED = ("layout.tp=2", "layout.pp=2", "layout.schedule=1f1b", "layout.engine=plain", "layout.compile=true")

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from megatrain.nn.precision import mx
+from megatrain.nn.precision.quantised import Quantised
 from megatrain.nn.precision.recipe import GRADIENT, Rounded
 from megatrain.nn.precision.select import Selection
+from megatrain.nn.precision.transformer_engine import TransformerEngine, choice_problems, why_not
 from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.mesh import Axis
 
@@ -33,13 +35,24 @@ class Fp8(Selection):
     """Format of output gradients; by default e5m2 (more range) tensorwise and e4m3 (more digits) else."""
     weight_gradient: Literal["low", "high"] = "high"
     """high leaves the products that make weight gradients in the format of the run."""
+    backend: Literal["torch", "transformer_engine"] = "torch"
+    """Whose kernels round and multiply: torch's, or NVIDIA Transformer Engine's where it is installed."""
 
     @property
     def one_scale(self) -> bool:
-        return self.kind == "tensorwise"
+        return self.kind == "tensorwise" and self.backend == "torch"
+
+    def problems(self) -> list[str]:
+        theirs = [] if self.backend == "torch" else choice_problems(self.kind, self.weight_gradient)
+        return super().problems() + theirs
+
+    def product(self, axis: Axis, summed_over: Axis) -> Quantised:
+        return (Quantised if self.backend == "torch" else TransformerEngine)(self, axis, summed_over)
 
     def card_problem(self, capability: tuple[int, int] | None) -> str:
         """Why a card of this compute capability cannot do it; empty where it can, and on a CPU, which emulates it."""
+        if self.backend != "torch" and (reason := why_not(capability)):
+            return reason
         if capability is None or capability >= ((10, 0) if self.kind == "mx" else (8, 9)):
             return ""
         if capability >= (8, 9):
@@ -63,7 +76,7 @@ class Fp8(Selection):
             x = mx.padded(x)
             inverse = power_of_2(mx.largest(x).clamp(min=SMALLEST_AMAX) / torch.finfo(dtype).max)
             return Rounded(cast(x.float() / mx.spread(inverse), dtype), inverse)
-        if self.one_scale:
+        if self.kind == "tensorwise":
             amax = x.abs().amax() if x.numel() else x.new_zeros(())
             amax = amax.float() if axis.size == 1 else all_reduce(amax.float(), axis.group, "max")
         else:

@@ -72,7 +72,15 @@ class Quantised:
             self._measure(x, weight)
         if self.demoted:
             return linear(x, exact(weight, self.rows_over), bias)
+        return self.multiply(x, weight, bias)
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The product in eight bits: [..., i], [o, i], [o] -> [..., o]."""
         return quantised_linear(x, weight, bias, self.recipe, self.axis)
+
+    def multiply_collected(self, x: Tensor, weight: Tensor, tp: TensorParallel) -> Tensor:
+        """That of rows which are cut over the ranks of `tp`: [b, t / size, i] -> [b, t, o]."""
+        return gathered_linear(x, weight, self.recipe, tp, self.axis)
 
     def collect(self, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
         """A column-parallel product of rows that are cut over the ranks: [b, t / size, i] -> [b, t, o]."""
@@ -81,7 +89,7 @@ class Quantised:
         if self.demoted:
             weight = exact(weight, self.rows_over)
             return column_linear(x, weight, bias, tp) if overlaps(x, tp) else linear(tp.enter(x), weight, bias)
-        y = gathered_linear(x, weight, self.recipe, tp, self.axis)
+        y = self.multiply_collected(x, weight, tp)
         return y if bias is None else y + bias.to(y.dtype)
 
     @torch.no_grad()
@@ -90,7 +98,7 @@ class Quantised:
         out = product_format(x)
         unrounded = exact(weight, self.rows_over)
         y = linear(x, unrounded).float()
-        off = quantised_linear(x, weight, None, self.recipe, self.axis).float() - y
+        off = self.multiply(x, weight, None).float() - y
         if self.summed_over.size > 1:
             y, off = all_reduce(torch.stack([y, off]), self.summed_over.group).unbind()
         operands = [(x.to(out).flatten(0, -2), INPUT), (unrounded.to(out), WEIGHT)]

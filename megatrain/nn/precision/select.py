@@ -44,6 +44,10 @@ class Selection:
             found.append(f"guard_limit={self.guard_limit} must be above 0")
         return found
 
+    def product(self: Any, axis: Axis, summed_over: Axis) -> Quantised:
+        """How one of the layers multiplies; the ranks are those of `Quantised`."""
+        return Quantised(self, axis, summed_over)
+
     def selects(self, name: str, size: int, n_layers: int) -> bool:
         """Whether the layer `name` with a weight of `size` elements, in a model of `n_layers` blocks, is one."""
         block = block_of(name)
@@ -109,5 +113,5 @@ def quantise(
     products = {}
     for name, layer in selected(model, selection, n_layers).items():
         summed_over = tp if isinstance(layer, RowParallelLinear) else ALONE
-        layer.product = products[name] = Quantised(selection, row, summed_over)
+        layer.product = products[name] = selection.product(row, summed_over)
     return products
