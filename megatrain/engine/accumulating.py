@@ -3,7 +3,7 @@
 Left to itself autograd makes each micro-batch's gradient of a weight in the format of the weight, then casts it and
 adds it to the float32 sum: for bf16 weights on a GPU that is 10 bytes of traffic a parameter and micro-batch, and one
 rounding. A product can add to its result for nothing. So the linears leave their weight gradient to a queue, as they
-do for zero-bubble pipelines, and this queue pays as soon as it is owed.
+do for zero-bubble pipelines, and this queue pays as soon as it is owed. The embedding adds to the rows that were used.
 """
 
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from megatrain.engine.passes import Passes
 from megatrain.engine.pipeline import passes_of
 from megatrain.nn.batch import Batch
 from megatrain.parallel.deferred import DeferredProduct, Owed, WeightGradientQueue, defer_weight_gradients
+from megatrain.parallel.embedding import UsedRows, VocabParallelEmbedding
 
 
 def accumulating(parts: Parts) -> bool:
@@ -56,6 +57,9 @@ class AccumulatingPasses(Passes):
 
     def __post_init__(self) -> None:
         self._products.extend(defer_weight_gradients(self.model, PaidAtOnce())[1])
+        for layer in self.model.modules():
+            if isinstance(layer, VocabParallelEmbedding):
+                layer.look_up = UsedRows(layer)
 
     def loss_sum(self, micro: Batch) -> Tensor:
         b, t = micro.own(micro.tokens).shape

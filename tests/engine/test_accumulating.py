@@ -7,8 +7,10 @@ from megatrain.base.device import Device
 from megatrain.engine.accumulating import AccumulatingPasses, accumulating, plain_passes
 from megatrain.engine.api import Parts, Precision
 from megatrain.engine.passes import Passes
+from megatrain.parallel.embedding import UsedRows, VocabParallelEmbedding, add_to_rows
 from megatrain.parallel.mesh import ALONE, Mesh
-from megatrain.parallel.shard import initialise
+from megatrain.parallel.shard import constant, initialise
+from megatrain.parallel.tensor import TensorParallel
 from tests.engine.toy import MODEL, OPTIMIZER, SEQ_LEN, VOCABULARY, toy_batch
 
 CPU = torch.device("cpu")
@@ -44,6 +46,32 @@ def test_bf16_weights_have_float32_gradients_at_least_as_near_to_the_truth() -> 
     for name in truth:
         assert mine[name].dtype == torch.float32
         assert (mine[name] - truth[name]).norm() < 1.1 * (autograds[name] - truth[name]).norm() + 1e-9
+
+
+@pytest.mark.parametrize("rows", [[5], [3, 3, 3], [0, 7, 0, 2, 7, 7, 1], list(range(8)) * 3], ids=str)
+def test_rows_that_were_used_are_added_to_and_no_others(rows: list[int]) -> None:
+    before, values = torch.randn(8, 4), torch.randn(len(rows), 4)
+    total = before.clone()
+    add_to_rows(total, torch.tensor(rows), values.bfloat16())
+    expected = before.double().index_add(0, torch.tensor(rows), values.bfloat16().double())
+    torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=1e-6)
+    unused = [row for row in range(8) if row not in rows]
+    assert torch.equal(total[unused], before[unused])
+
+
+def test_the_embeddings_gradient_is_never_as_large_as_the_vocabulary_but_once() -> None:
+    layer = VocabParallelEmbedding(50, 8, TensorParallel(), init=constant(1.0))
+    initialise(layer, seed=0)
+    layer.weight.data, layer.look_up = layer.weight.data.bfloat16(), UsedRows(layer)
+    tokens = torch.tensor([[4, 4, 9]])
+    for _ in range(3):
+        layer(tokens).sum().backward()
+        place = layer.weight.grad.data_ptr()
+    assert layer.weight.grad.data_ptr() == place
+    assert layer.weight.grad.dtype == torch.float32
+    assert layer.weight.grad[[4, 9, 0], 0].tolist() == [6.0, 3.0, 0.0]
+    layer.weight.requires_grad_(False)
+    assert not layer(tokens).requires_grad
 
 
 def parts(kind: str, **precision: str) -> Parts:
