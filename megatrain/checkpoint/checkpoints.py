@@ -80,7 +80,7 @@ class Checkpoints:
         self._fault = fault
         self._copy = HostCopy()
         self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._failure: tuple[int, BaseException] | None = None
 
     @property
     def rank(self) -> int:
@@ -177,11 +177,12 @@ class Checkpoints:
         failure, self._failure = self._failure, None
         if failure is None:
             return
-        if self.go_on and isinstance(failure, CheckpointError):
-            self.failures.append(str(failure))
-            warn("a checkpoint was not saved (checkpoint.failed_save=go_on): %s", failure)
+        step, error = failure
+        if self.go_on and isinstance(error, CheckpointError):
+            self.failures.append(str(error))
+            warn("step %d was not saved (checkpoint.failed_save=go_on): %s", step, error)
             return
-        raise failure
+        raise error
 
     def _guarded(self, step: int, state: Any, facts: dict[str, Any], yielding: bool) -> None:
         if (
@@ -192,7 +193,7 @@ class Checkpoints:
         try:
             self._save(step, state, facts)
         except BaseException as error:
-            self._failure = error
+            self._failure = step, error
 
     def _save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
         save = Save(
@@ -203,6 +204,7 @@ class Checkpoints:
             self.storage,
             self._exchange,
             self.file_bytes,
+            self.keep,
             self._check_lease,
             self._fault,
         )

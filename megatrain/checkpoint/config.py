@@ -7,6 +7,9 @@ from typing import Literal
 from megatrain.data.store import OBJECT_STORES, redacted
 from megatrain.data.store import problems as address_problems
 
+LEAST_KEPT = 2
+"""Newest commits that always stay, so that a damaged one leaves another."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Keep:
@@ -21,8 +24,8 @@ class Keep:
 
     def problems(self) -> list[str]:
         found = []
-        if self.last < 2:
-            found.append(f"last={self.last}: at least 2 are kept, so that a damaged checkpoint leaves another")
+        if self.last < LEAST_KEPT:
+            found.append(f"last={self.last}: at least {LEAST_KEPT} stay, so that a damaged one leaves another")
         if self.every is not None and self.every < 1:
             found.append(f"every={self.every}: it must be at least 1 step, or left out")
         if self.best < 0:

@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatrain.base.errors import CheckpointError, FailedCheckpointError
+from megatrain.checkpoint.config import LEAST_KEPT, Keep
 from megatrain.checkpoint.exchange import Exchange
 from megatrain.checkpoint.manifest import COMMIT, MANIFEST, decode, digest_of, encode
-from megatrain.checkpoint.read import folder_of
+from megatrain.checkpoint.read import candidates, folder_of
 from megatrain.checkpoint.retention import discard, sweep
-from megatrain.checkpoint.storage import Storage, no_room, refusal
+from megatrain.checkpoint.storage import MAKE_ROOM, Storage, no_room, refusal
 from megatrain.checkpoint.write import Fault, HostCopy, assemble, write_files
-
-REMEDY = "make room, or lower checkpoint.keep.last"
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class Save:
     storage: Storage
     exchange: Exchange
     file_bytes: int
+    keep: Keep | None
     check_lease: Callable[[], None]
     fault: Fault
 
@@ -63,6 +63,14 @@ class Save:
             self.exchange.on_rank_0(lambda: discard(self.storage, staging))
             raise
 
+    def _remedy(self) -> str:
+        """What makes room: fewer commits only where there are some that may go."""
+        more_than_least = self.keep is not None and self.keep.last > LEAST_KEPT
+        with contextlib.suppress(OSError):
+            if more_than_least and len(candidates(self.storage)) > LEAST_KEPT:
+                return f"{MAKE_ROOM}, or lower checkpoint.keep.last"
+        return MAKE_ROOM
+
     def _prepare(self, needed: int) -> str:
         """The empty staging folder of a save that may go on."""
         self.check_lease()
@@ -71,11 +79,11 @@ class Save:
             sweep(self.storage)
             free = self.storage.free_bytes()
             if free is not None and free < needed:
-                raise no_room(self.storage, needed, free, REMEDY)
+                raise no_room(self.storage, needed, free, self._remedy())
             self.storage.prepare(staging)
             self.fault("after the folder")
         except OSError as error:
-            raise refusal(error, "preparing a checkpoint", self.storage, needed, REMEDY) from None
+            raise refusal(error, "preparing a checkpoint", self.storage, needed, self._remedy()) from None
         return staging
 
     def _write(self, staging: str) -> dict[str, Any]:
@@ -88,7 +96,7 @@ class Save:
             return {"problem": f"rank {rank} does not see rank 0's folder ({error}): share it between nodes"}
         except OSError as error:
             doing = f"writing rank {rank}'s part of a checkpoint"
-            return {"problem": str(refusal(error, doing, self.storage, self.copy.bytes, REMEDY))}
+            return {"problem": str(refusal(error, doing, self.storage, self.copy.bytes, self._remedy()))}
         except Exception as error:  # a defect; told to the others, who would wait for this rank's report
             return {"problem": f"rank {rank} could not write its part of a checkpoint: {error!r}"}
 
@@ -107,7 +115,7 @@ class Save:
             self.fault("before the rename")
             self.storage.publish(staging, self.folder)
         except OSError as error:
-            raise refusal(error, f"committing step {self.step}", self.storage, remedy=REMEDY) from None
+            raise refusal(error, f"committing step {self.step}", self.storage, remedy=self._remedy()) from None
         self.fault("after the rename")
         with contextlib.suppress(OSError):  # for people; no reader trusts it
             self.storage.hint("latest", f"{self.folder}\n".encode())

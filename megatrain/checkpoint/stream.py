@@ -5,6 +5,7 @@ Memory holds one file's tensors at a time, once.
 
 import bisect
 import contextlib
+import functools
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +24,7 @@ from megatrain.checkpoint.origin import origin
 from megatrain.checkpoint.read import Commit, Reader, find, only_weights
 from megatrain.checkpoint.storage import LocalStorage, new_place, refusal
 from megatrain.checkpoint.tensorfile import Entry, encode_header
-from megatrain.checkpoint.tokenizer import entry_of
+from megatrain.checkpoint.tokenizer import entry_of, side_files
 from megatrain.checkpoint.write import Piece, assemble, write_files
 from megatrain.parallel.shard import Box
 
@@ -160,7 +161,8 @@ CANCELLED = 1e-3
 def average(places: list[str | Path], folder: str | Path, shares: list[float] | None = None) -> Commit:
     """The mean of several checkpoints' weights as a checkpoint of weights alone, for `init_from` and `generate`.
 
-    Sums are taken in float64 and rounded once. Paper: Wortsman et al. 2022, arXiv:2203.05482 (model soups).
+    Sums are taken in float64 and rounded once, to the widest format of them; what lies beside the weights of the last
+    step (a tokenizer) is kept. Paper: Wortsman et al. 2022, arXiv:2203.05482 (model soups).
 
     Args:
         shares: of each checkpoint; their sum is finite and not next to nothing beside them. Equal by default.
@@ -186,14 +188,16 @@ def average(places: list[str | Path], folder: str | Path, shares: list[float] | 
             total = torch.zeros(readers[0].stored(name).shape, dtype=torch.float64)
             for share, reader in zip(shares, readers, strict=True):
                 total += share * reader.read_full(name)
-            yield "weights", name, (total / sum(shares)).to(readers[0].stored(name).dtype)
+            widest = functools.reduce(torch.promote_types, (reader.stored(name).dtype for reader in readers))
+            yield "weights", name, (total / sum(shares)).to(widest)
 
     last = max(readers, key=lambda reader: reader.step)
     line = {"averaged": [[c.storage.describe(c.folder), c.digest] for c in commits], "shares": shares}
     facts = {k: last.facts.get(k) for k in ("config", "tokenizer")} | {
         "lineage": [*(last.facts.get("lineage") or []), line]
     }
-    return write_checkpoint(folder, tensors(), step=last.step, state=None, facts=facts)
+    beside = side_files(last.commit)
+    return write_checkpoint(folder, tensors(), step=last.step, state=None, facts=facts, beside=beside)
 
 
 def _why_apart(a: Reader, b: Reader) -> str:

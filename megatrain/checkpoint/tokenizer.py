@@ -1,15 +1,38 @@
 """The tokenizer that a checkpoint's model was trained with, found where it was kept and proven by its fingerprint."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
-from megatrain.base.errors import DataError
+from megatrain.base.errors import CheckpointError, DataError
 from megatrain.checkpoint.manifest import digest_of
 from megatrain.checkpoint.model import config_of, trained_here
 from megatrain.checkpoint.read import Commit
 from megatrain.checkpoint.remote import open_storage
 from megatrain.data.manifest import TOKENIZER
 from megatrain.data.tokenizer import Tokenizer
+
+SIDE_FILES = (
+    TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+"""Kept with a converted model as they are, so that the way back gives them again."""
+
+
+def side_files(commit: Commit) -> dict[str, bytes]:
+    """Those that the checkpoint has, by name; its tokenizer wherever it is found."""
+    found = {}
+    for name in SIDE_FILES:
+        path = f"{commit.folder}/{name}"
+        if (size := commit.storage.size(path)) is not None:
+            found[name] = bytes(commit.storage.read(path, 0, size))
+    if entry_of(commit.manifest.facts).get("fingerprint") and TOKENIZER not in found:
+        with contextlib.suppress(CheckpointError, DataError):  # none is found, or the run's data is not told
+            found[TOKENIZER] = tokenizer_of(commit)[1]
+    return found
 
 
 def entry_of(facts: dict[str, Any]) -> dict[str, Any]:
@@ -62,7 +85,7 @@ def tokenizer_of(commit: Commit) -> tuple[Tokenizer, bytes]:
             if digest_of(content) == entry["fingerprint"]:
                 return Tokenizer.parse(content, f"{place}/{TOKENIZER}", entry.get("end_of_document")), content
             found.append(f"{place}/{TOKENIZER}")
-    remedy = f"put the {TOKENIZER} of its data set (sha256 {entry['fingerprint']}) into {step}"
+    remedy = f"put the {TOKENIZER} of its run or data set (sha256 {entry['fingerprint']}) into {step}"
     if found:
         raise DataError(f"{found[0]} is not the tokenizer that {step} was trained with: {remedy}")
     raise DataError(f"the tokenizer of {step} is in none of {', '.join(places)}: {remedy}")

@@ -12,19 +12,11 @@ from megatrain.base.errors import CheckpointError
 from megatrain.base.optional import optional
 from megatrain.checkpoint.storage import LocalStorage
 from megatrain.checkpoint.tensorfile import Entry, decode_header, header_length
+from megatrain.checkpoint.tokenizer import SIDE_FILES
 
 WEIGHTS = "weights"
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 MAX_JSON_BYTES = 32 * 2**20
-
-SIDE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-)
-"""Kept with a converted model as they are, so that the way back gives them again."""
 
 OLDER_TOKENIZERS = ("vocab.json", "merges.txt", "tokenizer.model", "spiece.model")
 """What tokenizers were kept in before there was one file for all of them."""

@@ -18,10 +18,10 @@ from megatrain.checkpoint.read import Commit, Reader, find, only_weights
 from megatrain.checkpoint.storage import LocalStorage, new_place
 from megatrain.checkpoint.stream import FILE_BYTES, Named, bytes_of, write_checkpoint
 from megatrain.checkpoint.tensorfile import Entry, encode_header
-from megatrain.checkpoint.tokenizer import tokenizer_of, valid_tokens
+from megatrain.checkpoint.tokenizer import side_files, tokenizer_of, valid_tokens
 from megatrain.convert.check import Proof, Report
 from megatrain.convert.families import FAMILY
-from megatrain.convert.folder import CONFIG, INDEX, OLDER_TOKENIZERS, SIDE_FILES, SINGLE, WEIGHTS, Folder
+from megatrain.convert.folder import CONFIG, INDEX, OLDER_TOKENIZERS, SINGLE, WEIGHTS, Folder
 from megatrain.convert.mapping import converted_from, family_for, rows_of, sizes_of
 from megatrain.convert.publish import made_beside, published
 from megatrain.convert.table import Row, Theirs
@@ -51,6 +51,8 @@ def from_hugging_face(folder: str | Path, out: str | Path, *, check: bool = True
 def convert_in(theirs: Folder, out: Path, check: bool) -> Report:
     """What all ways in have in common, once their names and config can be read."""
     out = new_place(out)
+    if theirs.path.resolve() in out.resolve().parents:
+        raise CheckpointError(f"{out} is inside of {theirs.path}, which is only read: name a folder elsewhere")
     said = understood(theirs.config, theirs.home / CONFIG)
     family, choice = FAMILY[said.kind](), said.choice
     if choice.n_layers > len(theirs.names):  # so many rows could fill the memory
@@ -302,10 +304,8 @@ def write_side_files(
     folder: Path, commit: Commit, family: Any, choice: Any, seq_len: int, cast: torch.dtype | None
 ) -> None:
     """config.json, generation_config.json and what the tokenizer needs."""
-    for name in SIDE_FILES:
-        path = f"{commit.folder}/{name}"
-        if (size := commit.storage.size(path)) is not None:
-            (folder / name).write_bytes(commit.storage.read(path, 0, size))
+    for name, content in side_files(commit).items():
+        (folder / name).write_bytes(content)
     end = _write_tokenizer(folder, commit)
     embedding = commit.manifest.tensors["weights", "embedding.weight"]
     config = {

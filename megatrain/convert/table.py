@@ -216,10 +216,20 @@ class Theirs:
         Args:
             share: of each head that turns where they do not say it.
         """
-        said = self.get("rope_parameters", {}) | self.get("rope_scaling", {})
-        said.pop("rope_interleaved", None)
-        kind = said.pop("rope_type", said.pop("type", "default"))
-        said.pop("type", None)
+        said, older = dict(self.get("rope_parameters", {})), dict(self.get("rope_scaling", {}))
+        for section in (said, older):
+            section.pop("rope_interleaved", None)
+            kind = section.pop("type", None)
+            if "rope_type" not in section and kind is not None:
+                section["rope_type"] = kind
+        for key in said.keys() & older.keys():
+            if said[key] != older[key]:
+                self.problems.append(
+                    f"rope_parameters says {key}={said[key]!r} and rope_scaling {older[key]!r}: remove the one that "
+                    "the model was not trained with"
+                )
+        said |= older
+        kind = said.pop("rope_type", "default")
         theta = said.pop("rope_theta", self.get("rope_theta", self.get("rotary_emb_base", 10_000.0)))
         share = said.pop("partial_rotary_factor", self.get("rotary_pct", self.get("partial_rotary_factor", share)))
         if kind not in ROPE:

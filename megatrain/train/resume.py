@@ -149,6 +149,12 @@ def refuse_other_model(commit: Commit, run: Run) -> None:
         for key, pair in other_meanings(config_of(commit)["model"], plain(run.model)).items()
         if not acknowledged(f"model.{key}", run.checkpoint.acknowledge)
     }
+    learned, rows = commit.manifest.tensors.get(("weights", "positions.weight")), run.data.seq_len
+    if learned is not None and not different and learned.shape[0] != rows:
+        raise ConfigError(
+            f"{where} has learned {learned.shape[0]} positions, and data.seq_len is {rows}: set it to "
+            f"{learned.shape[0]}"
+        )
     if not different:
         return
     raise ConfigError(

@@ -122,7 +122,7 @@ def test_the_error_of_a_failed_write_comes_with_the_next_save_and_leaves_nothing
         checkpoints.close()
 
 
-def test_a_full_disk_is_told_with_bytes_and_training_may_go_on(tmp_path):
+def test_a_full_disk_is_told_with_bytes_and_training_may_go_on(tmp_path, caplog):
     save(Checkpoints(tmp_path), 1, asynchronous=False)
     checkpoints = Checkpoints(tmp_path, go_on=True, fault=refuse(errno.ENOSPC, "in the middle of a file"))
     save(checkpoints, 2)
@@ -130,7 +130,8 @@ def test_a_full_disk_is_told_with_bytes_and_training_may_go_on(tmp_path):
     needed = sum(x.numel() * 4 for x in full_tensors().values())
     assert len(checkpoints.failures) == 2
     assert f"{needed} bytes are needed and " in checkpoints.failures[0]
-    assert checkpoints.failures[0].endswith("make room, or lower checkpoint.keep.last")
+    assert checkpoints.failures[0].endswith("free; make room")
+    assert "step 3 was not saved (checkpoint.failed_save=go_on): no room" in caplog.text
     assert steps(checkpoints) == [1]
     with pytest.raises(FailedCheckpointError, match=r"step 3 is lost, its checkpoint was not saved: no room"):
         checkpoints.require(3)
@@ -147,6 +148,16 @@ def test_a_step_is_told_once_it_is_a_commit_and_not_before(tmp_path):
     failing = Checkpoints(tmp_path, go_on=True, committed=told.append, fault=fault)
     save(failing, 2, asynchronous=False)
     assert told == [1]
+
+
+@pytest.mark.parametrize(("last", "advised"), [(2, False), (4, True)])
+def test_fewer_commits_are_advised_where_some_may_go(last, advised, tmp_path):
+    for step in (1, 2, 3):
+        save(Checkpoints(tmp_path), step, asynchronous=False)
+    full = Checkpoints(tmp_path, keep=Keep(last=last), fault=refuse(errno.ENOSPC, "in the middle of a file"))
+    with pytest.raises(CheckpointError) as told:
+        save(full, 4, asynchronous=False)
+    assert ("lower checkpoint.keep.last" in str(told.value)) is advised
 
 
 def test_a_save_that_cannot_fit_is_refused_before_anything_is_written(tmp_path):

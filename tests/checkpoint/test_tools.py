@@ -178,6 +178,15 @@ def test_an_average_of_one_is_the_same_bits(tmp_path):
     assert all(torch.equal(reader.read_full(s.name), full["weights", s.name]) for s in SPECS)
 
 
+def test_an_average_of_two_formats_has_the_wider_one(tmp_path):
+    held = [("weights", "a", torch.tensor([1.0 + 2**-20]))]
+    write_checkpoint(tmp_path / "wide", held, step=0, state=None, facts=FACTS)
+    write_checkpoint(tmp_path / "narrow", [("weights", "a", torch.ones(1).bfloat16())], step=0, state=None, facts=FACTS)
+    for n, order in enumerate([("wide", "narrow"), ("narrow", "wide")]):
+        reader = average([tmp_path / name for name in order], tmp_path / str(n)).reader()
+        assert torch.equal(reader.read_full("a"), torch.tensor([1.0 + 2**-21]))
+
+
 @pytest.mark.parametrize(
     "shares",
     [[float("nan"), 1.0], [float("inf"), 1.0], [1e308, 1e308], [1.0, -1.0], [1.0, -0.9999], [1.0]],

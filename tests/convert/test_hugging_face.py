@@ -303,6 +303,10 @@ def test_a_header_whose_dtype_is_no_text_is_damaged(dtype, tmp_path):
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
             "rotary positions of kind linear need factor, which is missing",
         ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_parameters says rope_type='default' and rope_scaling 'linear': remove the one",
+        ),
         ({"is_causal": False}, "is_causal is False, a key that"),
         ({"logit_softcapping": 0}, "logit_softcapping is 0, a key that"),
         ({"per_layer_windows": []}, r"per_layer_windows is \[\], a key that"),

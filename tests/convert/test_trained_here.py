@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from megatrain.checkpoint.model import build_model, model_choice
 from megatrain.checkpoint.read import find
-from megatrain.checkpoint.stream import write_checkpoint
+from megatrain.checkpoint.stream import average, write_checkpoint
 from megatrain.cli.convert import command
 from megatrain.convert.check import logits
 from megatrain.convert.deepspeed import from_deepspeed, to_deepspeed
@@ -195,6 +195,19 @@ def test_a_tokenizer_that_puts_something_else_in_front_is_believed_where_the_mod
     to_hugging_face(tmp_path / "trained", tmp_path / "hf")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")("x")["input_ids"]
     assert theirs == [held.end_of_document, *held.encode("x")]
+
+
+def test_an_average_keeps_the_tokenizer_and_what_lies_beside_it(content, tmp_path):
+    checkpoint(tmp_path / "run", content)
+    to_hugging_face(tmp_path / "run", tmp_path / "hf")
+    (tmp_path / "hf" / "chat_template.jinja").write_text("{{ messages }}")
+    from_hugging_face(tmp_path / "hf", tmp_path / "a")
+    average([tmp_path / "a", tmp_path / "a"], tmp_path / "of converted")
+    average([tmp_path / "run", tmp_path / "run"], tmp_path / "of a run")
+    for name in ("of converted", "of a run"):
+        assert load(tmp_path / name).tokenizer.fingerprint == Tokenizer.parse(content, "here").fingerprint
+    to_hugging_face(tmp_path / "of converted", tmp_path / "back")
+    assert (tmp_path / "back" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def test_ids_and_rates_of_a_foreign_config_come_back_as_they_were(content, tmp_path):

@@ -171,6 +171,14 @@ def test_weights_of_other_shapes_are_refused_by_the_name_of_where_they_are(
         train(path, ["checkpoint.acknowledge=[model.d_ff]"])
 
 
+def test_learned_positions_say_which_seq_len_they_are_for(tmp_path: Path, text_data: Path) -> None:
+    learned = {"model__position": {"kind": "learned"}, "train__steps": 2}
+    train(write_run(tmp_path, text_data, **learned), ["name=first"])
+    path = write_run(tmp_path, text_data, data__seq_len=16, checkpoint__init_from=f"{tmp_path}/runs/first", **learned)
+    with pytest.raises(ConfigError, match=r"has learned 32 positions, and data\.seq_len is 16: set it to 32"):
+        train(path)
+
+
 def test_weights_may_come_with_other_dropout_and_initialisation(first: Path, tmp_path: Path, text_data: Path) -> None:
     only_in_training = {"model__dropout": 0.1, "model__init_std": 0.5}
     path = write_run(tmp_path, text_data, train__steps=2, checkpoint__init_from=str(first), **only_in_training)
