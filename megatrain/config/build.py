@@ -12,6 +12,7 @@ A dataclass may have `problems() -> list[str]`: what is wrong among its own fiel
 """
 
 import dataclasses
+import math
 import types
 from collections.abc import Callable
 from functools import cached_property
@@ -211,6 +212,8 @@ class _Builder:
             value = str(value)
         elif hint is not Any and (not isinstance(value, hint) or (is_bool and hint is not bool)):
             return self.refuse(key, node, f"is {_yaml(node.plain())}: it must be {_name(hint)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            return self.refuse(key, node, f"is {value}: it must be a finite number")
         self.origins[key] = node.origin
         return value
 

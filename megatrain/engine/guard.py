@@ -56,27 +56,28 @@ class Guard:
         every: steps from one look to the next.
         limit: relative error beyond which a layer is demoted.
         world: all ranks.
-        micro_batch: rows that a look takes: the first of the global batch, so that the layout does not choose them.
-        counted: this rank has them; the others take part, and what they see is left out.
+        counted: this rank has the row that a look takes, the first of the global batch, so that no layout chooses
+            it; the others take part, and what they see is left out.
     """
 
     products: Mapping[str, Quantised]
     every: int
     limit: float
     world: Axis
-    micro_batch: int
     counted: bool = True
     in_bf16: set[str] = field(default_factory=set)
     """Layers of the whole model that are demoted."""
     latest: Verdict | None = None
 
     def due(self, step: int) -> bool:
-        """Before the step of this number, counted from 0."""
+        """Before a step that follows so many."""
         return step % self.every == 0
 
-    def look(self, batch: Batch, evaluate: Callable[[Batch], tuple[Tensor, Tensor]], device: torch.device) -> Verdict:
+    def look(
+        self, step: int, batch: Batch, evaluate: Callable[[Batch], tuple[Tensor, Tensor]], device: torch.device
+    ) -> Verdict:
         """Compare, decide and tell the layers. Every rank calls it with its rows of the same global batch."""
-        micro = next(iter(batch.split(min(self.micro_batch, batch.rows))))
+        micro = next(iter(batch.split(1)))
         if not self.counted:
             micro = dataclasses.replace(micro, weights=torch.zeros_like(micro.weights))
         with torch.compiler.set_stance("force_eager"):  # so that blocks are not compiled for two passes more
@@ -85,7 +86,7 @@ class Guard:
             with self._all_in_bf16():
                 exact, _ = (float(x) for x in evaluate(micro))
         found = self._together({name: total.tolist() for name, total in sums.items()} if self.counted else {})
-        self.latest = self._decide(batch.step, found, (loss - exact) / count if count else 0.0)
+        self.latest = self._decide(step, found, (loss - exact) / count if count else 0.0)
         self.tell()
         return self.latest
 
@@ -148,10 +149,14 @@ class Guarded:
     def __init__(self, engine: Engine, guard: Guard, device: torch.device):
         self.engine, self.guard, self.device = engine, guard, device
         self.parts = engine.parts
+        self.steps: int | None = None
+        """Taken so far, which is where the data stands unless a run went back without it."""
 
     def step(self, batch: Batch, lr: float, most_loss: float = math.inf) -> StepReport:
-        if self.guard.due(batch.step):
-            self.guard.look(batch.to(self.device), self.engine.evaluate, self.device)
+        taken = batch.step if self.steps is None else self.steps
+        if self.guard.due(taken):
+            self.guard.look(taken, batch.to(self.device), self.engine.evaluate, self.device)
+        self.steps = taken + 1
         return self.engine.step(batch, lr, most_loss)
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -164,11 +169,12 @@ class Guarded:
         self.engine.load(fill, states)
 
     def scalars(self) -> dict[str, Any]:
-        return self.engine.scalars() | {"layers_in_bf16": sorted(self.guard.in_bf16)}
+        return self.engine.scalars() | {"layers_in_bf16": sorted(self.guard.in_bf16), "guarded_steps": self.steps}
 
     def load_scalars(self, scalars: dict[str, Any]) -> None:
         self.engine.load_scalars(scalars)
         self.guard.in_bf16 = set(scalars.get("layers_in_bf16", ()))
+        self.steps = scalars.get("guarded_steps")
         self.guard.tell()
 
     def close(self) -> None:

@@ -273,7 +273,7 @@ class Session:
         self.checkpoints.wait()
         commit = self.checkpoints.newest()
         if commit is None:
-            warn("there is no checkpoint yet to go back to: training goes on from step %d", self.state.step)
+            warn("there is no checkpoint yet to go back to: step %d stays", self.state.step)
             return
         left, cursors = self.state.step, self.cursors()
         self._restore(commit)

@@ -62,7 +62,6 @@ def build_engine(run: Run, tokenizer: TokenizerEntry, mesh: Mesh, device: Device
         eight_bits.guard_every,
         eight_bits.guard_limit,
         mesh.axis("world"),
-        run.layout.micro_batch,
         counted=mesh.axis("dp").rank == 0,
     )
     return Guarded(engine, guard, device.torch)

@@ -171,6 +171,8 @@ def test_every_value_has_an_origin_and_defaults_say_so(made, tmp_path):
         ("norm={kind: rms, placement: pree}", "norm.placement (command line) is 'pree': did you mean 'pre'?"),
         ("lr=fast", "lr (command line) is 'fast': it must be a number"),
         ("lr=true", "lr (command line) is true: it must be a number"),
+        ("lr=.nan", "lr (command line) is nan: it must be a finite number"),
+        ("lr=-.inf", "lr (command line) is -inf: it must be a finite number"),
         ("train.steps=1.5", "train.steps (command line) is 1.5: it must be a whole number"),
         ("train.steps=.inf", "train.steps (command line) is inf: it must be a whole number"),
         ("train.async=1", "train.async (command line) is 1: it must be true or false"),

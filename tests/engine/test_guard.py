@@ -39,7 +39,7 @@ PLANTED, COLUMN, BEGIN, END = "layers.1.feed_forward.down", 5, 5, 10
 """From step BEGIN to before step END one weight of this layer is so large that all others become 0 in FP8."""
 
 
-def make(*, guarded: bool, tp: int = 1, eight_bits: Any = FP8) -> tuple[Any, Any, Mesh]:
+def make(*, guarded: bool, tp: int = 1, eight_bits: Any = FP8, micro_batch: int = 4) -> tuple[Any, Any, Mesh]:
     """The engine, its model, the mesh. The input that the planted weight multiplies is always 0."""
     mesh = connected(tp)
     axis = TensorParallel(mesh.axis("tp"), tp > 1)
@@ -50,17 +50,19 @@ def make(*, guarded: bool, tp: int = 1, eight_bits: Any = FP8) -> tuple[Any, Any
     column[COLUMN] = 0 if mesh.axis("tp").rank == 0 else 1
     linears(model)[PLANTED].register_forward_pre_hook(lambda module, inputs: (inputs[0] * column,))
     optimizer = AdamW(lr=LR, weight_decay=0.0, eps=1e-6)
-    engine: Any = toy_engine("plain", 0, mesh, model=model, micro_batch=4, optimizer=optimizer, **BF16)
+    engine: Any = toy_engine("plain", 0, mesh, model=model, micro_batch=micro_batch, optimizer=optimizer, **BF16)
     if guarded:
         engine = Guarded(
-            engine, Guard(products, EVERY, 0.1, mesh.axis("world"), 4, mesh.axis("dp").rank == 0), torch.device("cpu")
+            engine, Guard(products, EVERY, 0.1, mesh.axis("world"), mesh.axis("dp").rank == 0), torch.device("cpu")
         )
     return engine, model, mesh
 
 
-def train(guarded: bool, tp: int, stop: int | None = None, eight_bits: Any = FP8) -> dict[str, Any]:
+def train(
+    guarded: bool, tp: int, stop: int | None = None, eight_bits: Any = FP8, micro_batch: int = 4
+) -> dict[str, Any]:
     """Losses, and what the guard found; with `stop`, a fresh engine takes over after so many steps."""
-    engine, model, mesh = make(guarded=guarded, tp=tp, eight_bits=eight_bits)
+    engine, model, mesh = make(guarded=guarded, tp=tp, eight_bits=eight_bits, micro_batch=micro_batch)
     losses, verdicts = [], []
     for step in range(STEPS):
         if step == stop:
@@ -120,8 +122,25 @@ def test_all_ranks_decide_alike():
         assert [v.in_bf16 for v in a["verdicts"]] == [[], [], [PLANTED], []]
 
 
+def test_the_micro_batch_does_not_choose_what_is_demoted():
+    one, other = (train(True, 1, micro_batch=rows)["verdicts"] for rows in (4, 1))
+    assert one[0].errors == other[0].errors
+    assert [verdict.in_bf16 for verdict in one] == [verdict.in_bf16 for verdict in other]
+
+
+def test_looks_are_numbered_by_steps_where_the_data_is_further_on():
+    """As after going back to a checkpoint with the data that comes next."""
+    engine, _, mesh = make(guarded=True)
+    engine.load_scalars(engine.scalars() | {"guarded_steps": 2 * EVERY})
+    engine.step(rows_of(toy_batch(2 * EVERY + 3, 4), mesh), LR)
+    assert engine.guard.latest.step == 2 * EVERY
+    assert engine.scalars()["guarded_steps"] == 2 * EVERY + 1
+    engine.step(rows_of(toy_batch(3 * EVERY, 4), mesh), LR)
+    assert engine.guard.latest.step == 2 * EVERY
+
+
 def test_what_is_no_number_is_demoted():
-    guard = Guard({}, 1, 0.1, Mesh().axis("world"), 1)
+    guard = Guard({}, 1, 0.1, Mesh().axis("world"))
     verdict = guard._decide(0, {"a": [math.nan, 1, 0, 0, 1], "b": [0, 0, 0, 0, 1], "c": [math.inf, 1, 0, 0, 1]}, 0.0)
     assert verdict.demoted == ["a", "c"]
 

@@ -318,6 +318,13 @@ def test_stochastic_rounding_to_int8_is_exact_in_the_mean():
     assert len(found.round(decimals=2).unique()) > 1
 
 
+def test_stochastic_rounding_does_not_ask_which_rows_come_together():
+    rows = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
+    whole = Int8().round(rows, GRADIENT, ALONE).values
+    assert torch.equal(whole[40:], Int8().round(rows[40:], GRADIENT, ALONE).values)
+    assert not torch.equal(whole, Int8(stochastic_rounding=False).round(rows, GRADIENT, ALONE).values)
+
+
 MODEL = Decoder(d_model=32, n_layers=4, n_heads=2, d_ff=48)
 
 

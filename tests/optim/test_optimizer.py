@@ -312,6 +312,23 @@ def test_a_step_with_found_inf_changes_nothing_at_all(kind):
 
 
 @pytest.mark.parametrize("kind", OPTIMIZER.kinds())
+def test_a_first_step_with_found_inf_changes_nothing_either(kind):
+    choice = OPTIMIZER[kind](lr=0.1)
+    ours, theirs = tensors(), tensors()
+    skipping, straight = choice.build(ours), choice.build(theirs)
+    settle(skipping, ours)
+    settle(straight, theirs)
+    set_gradients(ours, 1)
+    ours["embedding.weight"].grad[0, 0] = float("nan")
+    guarded_step(skipping, torch.tensor(float("nan")), ONE)
+    assert all(torch.equal(p, theirs[name]) for name, p in ours.items())
+    for optimizer, named in ((skipping, ours), (straight, theirs)):
+        set_gradients(named, 2)
+        guarded_step(optimizer, ONE, ZERO)
+    assert all(torch.equal(p, theirs[name]) for name, p in ours.items())
+
+
+@pytest.mark.parametrize("kind", OPTIMIZER.kinds())
 def test_allocated_state_is_the_state_before_the_first_step(kind):
     choice = OPTIMIZER[kind](lr=0.1)
     ours, theirs = tensors(), tensors()
@@ -387,3 +404,34 @@ def test_fields_out_of_range_are_refused_by_name():
     assert [sentence.split("=")[0] for sentence in wrong.problems()] == ["lr", "weight_decay", "clip", "betas", "eps"]
     assert AdamW(lr=1e-3, clip=None).problems() == []
     assert Group(match="", weight_decay=-1, lr_scale=-1).problems() != []
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        (Muon(lr=0.0, rest=Lion(lr=0.1)), "lr=0 stops rest too"),
+        (Muon(lr=0.1, rest=Lion(lr=0.1, clip=1e-9)), "rest.clip=1e-09 has no effect"),
+        (AdamW(lr=0.1, eps=0.0), "eps=0.0 must be above 0"),
+        (Adafactor(lr=0.1, eps=-1.0), "eps=-1.0 must be above 0"),
+    ],
+)
+def test_settings_without_effect_or_sense_are_refused(choice, words):
+    assert words in " ".join(choice.problems())
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        (Muon(lr=0.1, leave=("*",)), "leaves Muon no matrix"),
+        (Muon(lr=0.1, leave=("*feedforward*",)), "optimizer.leave has '*feedforward*', which is the name of no"),
+        (Muon(lr=0.1, groups=(Group(match="embedding*"),), rest=Lion(lr=0.1)), "which is all left to rest"),
+    ],
+)
+def test_patterns_of_muon_that_leave_it_nothing_are_refused(choice, words):
+    assert words in " ".join(choice.unmatched(tensors()))
+    assert not Muon(lr=0.1, rest=Lion(lr=0.1)).unmatched(tensors())
+
+
+def test_the_moments_of_muons_rest_are_told():
+    assert Muon(lr=0.1).moments == "fp32"
+    assert "8" in Muon(lr=0.1, rest=AdamW8bit(lr=0.1)).moments

@@ -26,7 +26,7 @@ class Int8(Selection):
     """high leaves the products that make weight gradients in the format of the run, as SwitchBack does."""
     stochastic_rounding: bool = True
     """Round output gradients up or down by chance, so that their mean is exact. The chance is a hash of the element's
-    place and of its row's scale: no state, and other bits in every step."""
+    column and of its row's scale: no state, other bits in every step, and the same whichever rows come together."""
 
     @property
     def one_scale(self) -> bool:
@@ -66,7 +66,6 @@ class Int8(Selection):
 
 
 def uniform(scale: Tensor, width: int) -> Tensor:
-    """float32 [n, width] in [0, 1): a hash of (row's scale [n, 1], place)."""
-    place = torch.arange(scale.shape[0], device=scale.device)[:, None] * width
-    place = place + torch.arange(width, device=scale.device)
-    return (mix(mix(scale.view(torch.int32).long()) ^ place) & 0xFFFFFF).float() / 2**24
+    """float32 [n, width] in [0, 1): a hash of (row's scale [n, 1], column)."""
+    column = torch.arange(width, device=scale.device)
+    return (mix(mix(scale.view(torch.int32).long()) ^ column) & 0xFFFFFF).float() / 2**24

@@ -42,6 +42,8 @@ class Adafactor(Optimizer):
         found = super().problems()
         if not self.decay < 0:
             found.append(f"decay={self.decay} must be below 0")
+        if self.eps <= 0:
+            found.append(f"eps={self.eps} must be above 0")
         if self.largest_update <= 0:
             found.append(f"largest_update={self.largest_update} must be above 0")
         return found
@@ -64,13 +66,14 @@ class Adafactor(Optimizer):
         assert whole is not None
         go = step.go
         count = work.states[0]["step"] + go
-        mixed = count**self.decay * go  # 1 - b, and 0 where nothing may change
+        taken = count.clamp(min=1)  # 0 where the first step of all may change nothing
+        mixed = taken**self.decay * go  # 1 - b, and 0 where nothing may change
         gradients = [step.gradient(p) for p in work.tensors]
         parts = {name: _Part(whole, name, held, work.tensors[i], gradients[i]) for name, (held, i) in work.held.items()}
         sizes = self._add_squares(work, parts, mixed)
         updates = {name: part.divided(work.vectors) for name, part in parts.items()}
         lengths = _summed(work, {name: part.squares_of(updates[name]) for name, part in parts.items()})
-        rate = torch.clamp(count.rsqrt(), max=step.lr)
+        rate = torch.clamp(taken.rsqrt(), max=step.lr)
         for p in work.tensors:
             p.mul_(1 - step.lr * step.weight_decay * go)
         for name, part in parts.items():

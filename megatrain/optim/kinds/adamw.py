@@ -29,8 +29,8 @@ class AdamW(Optimizer):
 
     def problems(self) -> list[str]:
         found = super().problems() + beta_problems(self.betas)
-        if self.eps < 0:
-            found.append(f"eps={self.eps} must be at least 0")
+        if self.eps <= 0:  # a weight without gradient would be divided 0 by 0
+            found.append(f"eps={self.eps} must be above 0")
         return found
 
     @property

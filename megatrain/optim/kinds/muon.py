@@ -56,6 +56,10 @@ class Muon(Optimizer):
             found.append(f"iterations={self.iterations} must be from 1 to 99")
         if isinstance(self.rest, Muon):
             found.append("rest.kind=muon: the rest has no matrices, so give another optimiser")
+        if self.rest is not None and not self.lr:
+            found.append("lr=0 stops rest too, whose rate stays in proportion to it: set lr above 0")
+        if self.rest is not None and self.rest.clip not in (Optimizer.clip, self.clip):
+            found.append(f"rest.clip={self.rest.clip} has no effect, gradients are clipped together: set clip")
         return found
 
     @property
@@ -78,11 +82,30 @@ class Muon(Optimizer):
     def unmatched(self, names: Iterable[str]) -> list[str]:
         names = list(names)
         found = super().unmatched(names)
+        left = [name for name in names if any(fnmatchcase(name, pattern) for pattern in self.leave)]
+        if self.leave != Muon.leave:
+            found += [
+                f"optimizer.leave has {pattern!r}, which is the name of no parameter"
+                for pattern in self.leave
+                if not any(fnmatchcase(name, pattern) for name in names)
+            ]
+        if len(left) == len(names):
+            found.append(f"optimizer.leave={list(self.leave)} leaves Muon no matrix: leave fewer, or take rest alone")
+        for i, group in enumerate(self.groups if self.rest is not None else ()):
+            matched = {name for name in names if group.matches(name)}
+            if matched and matched <= set(left):
+                found.append(
+                    f"optimizer.groups.{i}.match is {group.match!r}, which is all left to rest: put it in rest.groups"
+                )
         return found if self.rest is None else found + [f"rest: {s}" for s in self.rest.unmatched(names)]
 
     @property
     def states(self) -> tuple[str, ...]:
         return ("momentum",)
+
+    @property
+    def moments(self) -> str:
+        return "fp32" if self.others.moments == "fp32" else f"fp32, of what is no matrix {self.others.moments}"
 
     @property
     def sees_whole(self) -> bool:

@@ -9,7 +9,8 @@ when a step begins, and so the decision does not depend on what else a run waits
 | log | an event with documents, gradient norms and activations |
 | skip | and the step is not taken: its gradient, known by then, is dropped before weights and moments change |
 | rewind | and weights and moments go back to the newest checkpoint and train on with the data that comes next, so |
-| | that what led to the spike is left out (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1) |
+| | that what led to the spike is left out (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1); the newest |
+| | is also one that a stop has made, so a run that was stopped may go back less far |
 """
 
 import math
