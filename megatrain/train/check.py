@@ -71,7 +71,7 @@ def precision_problems(run: Run, world: int) -> list[str]:
         model, eight_bits, run.model.n_layers, "precision.int8" if fp8 is None else "precision.fp8"
     )
     if fp8 is not None and fp8.backend != "torch":
-        found += shape_problems(run.layout.micro_batch * run.data.seq_len // run.layout.cp)
+        found += shape_problems(run.data.seq_len // run.layout.cp)
     return found
 
 

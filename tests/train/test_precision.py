@@ -87,6 +87,7 @@ BY_ENGINE = EIGHT_BITS["precision__fp8"] | {"backend": "transformer_engine", "we
     [
         ({"precision__fp8": BY_ENGINE | {"weight_gradient": "high"}}, "set weight_gradient=low, or backend=torch"),
         ({"data__seq_len": 24}, "multiplies a multiple of 32 tokens at once"),
+        ({"data__seq_len": 16}, "a row of data.seq_len tokens over layout.cp ranks makes 16"),  # two would make 32
         ({}, "precision.fp8.backend=transformer_engine needs an NVIDIA GPU, and this is a CPU"),
     ],
 )

@@ -45,15 +45,13 @@ def why_not(capability: tuple[int, int] | None) -> str:
     return ""
 
 
-def shape_problems(rows: int) -> list[str]:
-    """Args:
-    rows: tokens of a micro-batch that a rank multiplies at once.
-    """
-    if rows % ROWS == 0:
+def shape_problems(tokens: int) -> list[str]:
+    """Why rows of which a rank has so many `tokens` cannot be multiplied; the guard looks at a single one."""
+    if tokens % ROWS == 0:
         return []
     return [
-        f"precision.fp8.backend={BACKEND} multiplies a multiple of {ROWS} tokens at once, and layout.micro_batch rows "
-        f"of data.seq_len tokens over layout.cp ranks make {rows}: change one of them, or set backend=torch"
+        f"precision.fp8.backend={BACKEND} multiplies a multiple of {ROWS} tokens at once, and a row of data.seq_len "
+        f"tokens over layout.cp ranks makes {tokens}: change one of them, or set backend=torch"
     ]
 
 
