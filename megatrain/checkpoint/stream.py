@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatrain.base.errors import CheckpointError
+from megatrain.base.errors import CheckpointError, DataError
 from megatrain.base.files import fsync_folder
 from megatrain.checkpoint.compare import differences
 from megatrain.checkpoint.manifest import COMMIT, MANIFEST, decode, digest_of, encode
@@ -24,8 +24,9 @@ from megatrain.checkpoint.origin import origin
 from megatrain.checkpoint.read import Commit, Reader, find, only_weights
 from megatrain.checkpoint.storage import LocalStorage, new_place, refusal
 from megatrain.checkpoint.tensorfile import Entry, encode_header
-from megatrain.checkpoint.tokenizer import entry_of, side_files
+from megatrain.checkpoint.tokenizer import entry_of, side_files, tokenizer_of
 from megatrain.checkpoint.write import Piece, assemble, write_files
+from megatrain.data.manifest import TOKENIZER
 from megatrain.parallel.shard import Box
 
 FILE_BYTES = 512 * 2**20
@@ -197,6 +198,9 @@ def average(places: list[str | Path], folder: str | Path, shares: list[float] | 
         "lineage": [*(last.facts.get("lineage") or []), line]
     }
     beside = side_files(last.commit)
+    if TOKENIZER not in beside:
+        with contextlib.suppress(CheckpointError, DataError):  # none is found, or the run's data is not told
+            beside[TOKENIZER] = tokenizer_of(last.commit)[1]
     return write_checkpoint(folder, tensors(), step=last.step, state=None, facts=facts, beside=beside)
 
 

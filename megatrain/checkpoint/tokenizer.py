@@ -1,10 +1,9 @@
 """The tokenizer that a checkpoint's model was trained with, found where it was kept and proven by its fingerprint."""
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
-from megatrain.base.errors import CheckpointError, DataError
+from megatrain.base.errors import DataError
 from megatrain.checkpoint.manifest import digest_of
 from megatrain.checkpoint.model import config_of, trained_here
 from megatrain.checkpoint.read import Commit
@@ -23,15 +22,12 @@ SIDE_FILES = (
 
 
 def side_files(commit: Commit) -> dict[str, bytes]:
-    """Those that the checkpoint has, by name; its tokenizer wherever it is found."""
+    """Those that lie in the checkpoint's folder, by name."""
     found = {}
     for name in SIDE_FILES:
         path = f"{commit.folder}/{name}"
         if (size := commit.storage.size(path)) is not None:
             found[name] = bytes(commit.storage.read(path, 0, size))
-    if entry_of(commit.manifest.facts).get("fingerprint") and TOKENIZER not in found:
-        with contextlib.suppress(CheckpointError, DataError):  # none is found, or the run's data is not told
-            found[TOKENIZER] = tokenizer_of(commit)[1]
     return found
 
 

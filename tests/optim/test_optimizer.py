@@ -311,13 +311,19 @@ def test_a_step_with_found_inf_changes_nothing_at_all(kind):
         assert all(torch.equal(value, after[1][i][key]) for key, value in state.items())
 
 
+def two_of(kind):
+    """Two optimisers of the same beginning, each with its tensors."""
+    pairs = []
+    for named in (tensors(), tensors()):
+        optimizer = OPTIMIZER[kind](lr=0.1).build(named)
+        settle(optimizer, named)
+        pairs.append((optimizer, named))
+    return pairs
+
+
 @pytest.mark.parametrize("kind", OPTIMIZER.kinds())
 def test_a_first_step_with_found_inf_changes_nothing_either(kind):
-    choice = OPTIMIZER[kind](lr=0.1)
-    ours, theirs = tensors(), tensors()
-    skipping, straight = choice.build(ours), choice.build(theirs)
-    settle(skipping, ours)
-    settle(straight, theirs)
+    (skipping, ours), (straight, theirs) = two_of(kind)
     set_gradients(ours, 1)
     ours["embedding.weight"].grad[0, 0] = float("nan")
     guarded_step(skipping, torch.tensor(float("nan")), ONE)
@@ -330,11 +336,7 @@ def test_a_first_step_with_found_inf_changes_nothing_either(kind):
 
 @pytest.mark.parametrize("kind", OPTIMIZER.kinds())
 def test_allocated_state_is_the_state_before_the_first_step(kind):
-    choice = OPTIMIZER[kind](lr=0.1)
-    ours, theirs = tensors(), tensors()
-    allocated, fresh = choice.build(ours), choice.build(theirs)
-    settle(allocated, ours)
-    settle(fresh, theirs)
+    (allocated, ours), (fresh, theirs) = two_of(kind)
     before = {(s.state, s.name): s.values.clone() for s in allocated.slices()}
     assert before.keys() == {(s.state, s.name) for s in fresh.slices()}
     assert all((values == 0).all() for values in before.values())
