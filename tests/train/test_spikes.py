@@ -215,7 +215,8 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path, text_data
 @pytest.mark.parametrize("ranks", [1, 2], ids=["plain", "zero-1"])
 def test_documents_norms_and_activations_are_those_of_the_step(ranks: int, tmp_path: Path, text_data: Path) -> None:
     hooks = [{"kind": "spikes", "after": 2, "window": 2, "threshold": 1e-6}]  # any rise is a spike here
-    path = write_run(tmp_path, text_data, hooks=hooks, train__eval_every=0, optimizer__lr=0.7)
+    noisy = {"train__steps": 30, "optimizer__lr": 0.7}  # so long that the loss rises whatever the data of the day
+    path = write_run(tmp_path, text_data, hooks=hooks, train__eval_every=0, **noisy)
     run = read_run(path).run
     if ranks == 1:
         train(run)
@@ -224,7 +225,7 @@ def test_documents_norms_and_activations_are_those_of_the_step(ranks: int, tmp_p
     found = events(run.folder, "spike")
     assert found, "no loss rose in the whole run"
     norms = {line["step"]: line["grad_norm"] for line in metrics(run.folder)}
-    traced = {line["step"] + 1: line for line in trace(run.data, seed=run.seed, global_batch=8, start=0, stop=12)}
+    traced = {line["step"] + 1: line for line in trace(run.data, seed=run.seed, global_batch=8, start=0, stop=30)}
     for event in found:
         step = event["at_step"]
         assert event["documents"] == traced[step]["documents"]
