@@ -49,9 +49,9 @@ class Layout:
     compile: Literal["auto", True, False] = "auto"
     """Compile each block with torch.compile; auto does so on a GPU, where it pays at any size."""
     recompute: str = "none"
-    """What is computed again in backward rather than kept: none, elementwise (the activation of feed-forwards),
-    selective (attention), full (every block), or numbers of blocks: 0-3, 0-3,8 or 0-30:2 (every second one), or a
-    shell pattern over them."""
+    """What is computed again in backward rather than kept: none, norms (what they give, in compiled blocks),
+    elementwise (that and the activation of feed-forwards), selective (attention), full (every block), or numbers of
+    blocks: 0-3, 0-3,8 or 0-30:2 (every second one), or a shell pattern over them."""
 
     def problems(self) -> list[str]:
         sizes = {name: getattr(self, name) for name in ("tp", "pp", "cp", "ep", "dp", "micro_batch")}

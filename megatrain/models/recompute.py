@@ -9,12 +9,13 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-NONE, ELEMENTWISE, SELECTIVE, FULL = "none", "elementwise", "selective", "full"
+NONE, NORMS, ELEMENTWISE, SELECTIVE, FULL = "none", "norms", "elementwise", "selective", "full"
 
-INSIDE = (ELEMENTWISE, SELECTIVE)
+INSIDE = (NORMS, ELEMENTWISE, SELECTIVE)
 """Parts of a block: to be chosen before blocks are compiled, since the compiler must see them."""
 
 
@@ -22,15 +23,19 @@ def recompute(layers: nn.ModuleDict, what: str) -> None:
     """Make the blocks in `layers` recompute.
 
     Args:
-        what: none; elementwise (the activation of every feed-forward, the widest tensor of a block, which in a
-            compiled block no product is done again for); selective (the attention of every block, whose activations
-            grow fastest with the sequence and are cheap to make again); full (every block); or numbers of blocks:
-            `0-3`, `0-3,8`, `0-30:2` (every second one), or a shell pattern over them, `*[05]`.
+        what: none; norms (what they give, where blocks are compiled: the cheapest bytes); elementwise (that and the
+            activation of every feed-forward, the widest tensor of a block; in compiled blocks no product is done again
+            for either); selective (the attention of every block, whose activations grow fastest with the sequence and
+            are cheap to make again); full (every block); or numbers of blocks: `0-3`, `0-3,8`, `0-30:2` (every second
+            one), or a shell pattern over them, `*[05]`.
     """
     block: Any
     for name, block in layers.items():
         if what == ELEMENTWISE:
             block.feed_forward.project = _again(block.feed_forward.project)
+        if what in (NORMS, ELEMENTWISE):
+            for norm in (block.attention_norm, block.feed_forward_norm):
+                norm.forward = _again_if_compiled(norm.forward)
         elif what == SELECTIVE:
             block.attention.forward = _again(block.attention.forward)
         elif recomputes(name, what):
@@ -58,7 +63,7 @@ def unmatched(n_layers: int, what: str) -> list[str]:
     if what in (NONE, *INSIDE, FULL) or any(recomputes(str(i), what) for i in range(n_layers)):
         return []
     return [
-        f"layout.recompute is {what!r}, which is none of {NONE}, {ELEMENTWISE}, {SELECTIVE}, {FULL} and names no "
+        f"layout.recompute is {what!r}, which is none of {', '.join((NONE, *INSIDE, FULL))} and names no "
         f"block from 0 to {n_layers - 1}: use one of them, or numbers such as 0-3 or 0,2,4"
     ]
 
@@ -66,5 +71,15 @@ def unmatched(n_layers: int, what: str) -> list[str]:
 def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
+
+    return run
+
+
+def _again_if_compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Uncompiled it would be for nothing: the product behind keeps what it is given."""
+    again = _again(forward)
+
+    def run(*args: Any) -> Any:
+        return again(*args) if torch.compiler.is_compiling() else forward(*args)
 
     return run

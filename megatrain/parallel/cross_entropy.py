@@ -13,10 +13,13 @@ from torch import Tensor
 
 from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.mesh import Axis
-from megatrain.parallel.product import add_product, by_float32, product_format
+from megatrain.parallel.product import add_product, by_float32, linear, multiply, product_format
 
-CHUNK_BYTES = 4 * 2**20
-"""Memory of one chunk of float32 logits. Small enough for a CPU's cache, large enough for a good product."""
+CHUNK_BYTES = 16 * 2**20
+"""Memory of one chunk of float32 logits: large enough for good products, small beside a model."""
+
+CACHE_BYTES = 4 * 2**20
+"""What stands between the products of a chunk is done for so much of it at a time, which stays in a CPU's cache."""
 
 GPU_CHUNK_BYTES = 2 * 2**30
 """On a GPU larger chunks make better products; in bf16 they take half of this."""
@@ -100,8 +103,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 loss, grad, scale = chunk(x, head, targets[here], weights[here], axis, first, needs_grad, z_loss)
                 total += loss
                 if grad_hidden is not None and grad_weight is not None:
-                    grad = grad.to(dtype)
-                    grad_hidden[here] = grad @ head if scale is None else (grad @ head).mul_(scale)
+                    grad_x = multiply(grad, head)
+                    grad_hidden[here] = grad_x if scale is None else grad_x.mul_(scale)
                     add_product(grad_weight[:n_local], grad, x if scale is None else (x * scale).to(dtype))
         if needs_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
@@ -120,22 +123,31 @@ def _chunk(
 
     The scale, weight / sum of exponentials, is left to the much smaller factors of the products that follow.
     """
-    n_local = head.shape[0]
-    logits = (x @ head.T).float()
-    top = logits.amax(-1) if n_local else logits.new_full((logits.shape[0],), -torch.inf)
-    top = _over_ranks(top, axis, "max")
-    logits -= top[:, None]
+    n, n_local = x.shape[0], head.shape[0]
+    logits = linear(x, head)
+    rows = max(1, CACHE_BYTES // (4 * max(n_local, 1)))
+    highest = [part.amax(-1) for part in logits.split(rows)] if n_local else [logits.new_full((n,), -torch.inf)]
+    top = _over_ranks(torch.cat(highest).float(), axis, "max")
     absent = (targets < first) | (targets >= first + n_local)
     local = (targets - first).masked_fill(absent, 0)[:, None]
-    hit = logits.gather(-1, local)[:, 0].masked_fill(absent, 0.0) if n_local else torch.zeros_like(top)
-    exponentials = logits.exp_()
-    total, hit = _over_ranks(torch.stack([exponentials.sum(-1), hit]), axis, "sum").unbind()
+    hit = logits.gather(-1, local)[:, 0].sub(top).masked_fill(absent, 0.0) if n_local else torch.zeros_like(top)
+    totals = []
+    for part, its_top in zip(logits.split(rows), top.split(rows), strict=True):
+        exponentials = part.float().sub_(its_top[:, None]).exp_()
+        totals.append(exponentials.sum(-1))
+        if exponentials is not part:
+            part.copy_(exponentials)
+    total, hit = _over_ranks(torch.stack([torch.cat(totals), hit]), axis, "sum").unbind()
     loss = ((total.log() - hit) * weights).sum()
+    of_target = hit.exp()
     if z_loss:  # the gradient of log^2 is twice log times softmax
-        exponentials *= 1 + 2 * z_loss * (total.log() + top)[:, None]
-    if n_local:
-        exponentials.scatter_add_(-1, local, -total.masked_fill(absent, 0.0)[:, None])
-    return loss, exponentials, (weights / total)[:, None]
+        more = 1 + 2 * z_loss * (total.log() + top)
+        logits *= more[:, None]
+        of_target *= more
+    if n_local:  # written, not subtracted: what is left of a likely target is smaller than bf16's steps near it
+        there = logits.gather(-1, local)[:, 0]
+        logits.scatter_(-1, local, torch.where(absent, there, (of_target - total).to(logits.dtype))[:, None])
+    return loss, logits, (weights / total)[:, None]
 
 
 def _chunk_on_gpu(

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from megatrain.base.errors import ConfigError, DataError
 from megatrain.base.files import sha256_of
@@ -54,19 +55,23 @@ def problems_of(run: Run, world: int) -> list[str]:
     if not found:
         dp = run.layout.mesh(world).axis("dp").size
         found += run.data.all_problems(run.train.global_batch, dp)
-        found += precision_problems(run, world)
+        found += named_problems(run, world)
     return found
 
 
-def precision_problems(run: Run, world: int) -> list[str]:
-    """Why the chosen layers cannot multiply in eight bits, seen on one rank's part of a model without memory."""
-    eight_bits = run.precision.eight_bits
-    if eight_bits is None:
-        return []
+def named_problems(run: Run, world: int) -> list[str]:
+    """What patterns miss and which layers cannot be as asked, seen on one rank's part of a model without memory."""
     tp = TensorParallel(run.layout.mesh(world).axis("tp"))
     with torch.device("meta"):
         model = run.model.build(n_valid=run.model.vocab_size or tp.size, seq_len=run.data.seq_len, tp=tp)
-    fp8 = run.precision.fp8
+    return run.optimizer.unmatched(dict(model.named_parameters())) + precision_problems(run, model)
+
+
+def precision_problems(run: Run, model: nn.Module) -> list[str]:
+    """Why the chosen layers of this rank's part cannot multiply in eight bits."""
+    eight_bits, fp8 = run.precision.eight_bits, run.precision.fp8
+    if eight_bits is None:
+        return []
     found = selection_problems(
         model, eight_bits, run.model.n_layers, "precision.int8" if fp8 is None else "precision.fp8"
     )

@@ -257,6 +257,19 @@ def test_explain_says_what_the_layout_would_be_refused_for(
     assert "on 3 ranks, the fewest of this layout, it would be refused: model.n_heads=4 cannot be split" in error
 
 
+def test_a_pattern_that_is_the_name_of_no_parameter_is_told_before_anything_is_started(
+    tmp_path: Path, text_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(write_run(tmp_path, text_data))
+    asked = "optimizer.groups=[{match: '*.nrom.*', weight_decay: 0.0}]"
+    sentence = "optimizer.groups.0.match is '*.nrom.*', which is the name of no parameter"
+    code, error = call("explain", path, asked, capsys=capsys)
+    assert (code, sentence in error) == (0, True)
+    code, error = call("train", path, asked, capsys=capsys)
+    assert (code, sentence in error) == (2, True)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_ranks_of_different_layouts_are_told_so_before_they_wait_for_each_other(
     tmp_path: Path, text_data: Path
 ) -> None:

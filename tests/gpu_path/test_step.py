@@ -113,9 +113,11 @@ def test_one_graph_goes_from_document_to_document_however_many_a_row_holds() -> 
 
 
 def test_a_compiled_block_keeps_no_more_than_its_products_need() -> None:
-    """Inputs of products, queries, keys, values and what attention gives: 1,244 MB. Without the activation: 975 MB."""
+    """Inputs of products, queries, keys, values and what attention gives: 1,244 MB. What norms give is 134 MB of that,
+    the activation 268."""
     assert block("none", "--generated")["kept_bytes"] < 1.245e9
-    assert block("elementwise")["kept_bytes"] < 0.976e9
+    assert block("norms", "--generated")["kept_bytes"] < 1.110e9
+    assert block("elementwise")["kept_bytes"] < 0.842e9
 
 
 def test_the_compiler_writes_few_kernels_for_a_block() -> None:
@@ -130,7 +132,13 @@ def test_the_compiler_writes_few_kernels_for_a_block() -> None:
 
 
 def test_recomputing_elementwise_does_no_product_again() -> None:
-    assert block("elementwise")["products_again"] == 0
+    assert block("elementwise")["products_again"] == block("norms", "--generated")["products_again"] == 0
+
+
+def test_recomputing_norms_costs_a_block_one_launch() -> None:
+    """What a norm gives is made again beside its gradient, from what that kernel reads anyway."""
+    kept, again = (sum(block(what, "--generated")["generated"]["backward"].values()) for what in ("none", "norms"))
+    assert again <= kept + 1
 
 
 @functools.cache

@@ -46,7 +46,7 @@ def backward(found: DecoderModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile looks at it itself
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("what", ["elementwise", "selective", "full", "0"])
+@pytest.mark.parametrize("what", ["norms", "elementwise", "selective", "full", "0"])
 def test_losses_and_gradients_are_those_of_keeping_everything(what: str, compiled: bool) -> None:
     loss, gradients, _ = backward(model("none", compiled))
     again, same, _ = backward(model(what, compiled))

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatrain.nn.attention import ATTENTION, AttentionCase
-from megatrain.nn.attention.kernel import takes_borders
+from megatrain.nn.attention.kernel import dense, scaled_dot_product, takes_borders
 from megatrain.nn.attention.layer import SelfAttention
 from megatrain.nn.attention.sliding_window import SlidingWindow
 from megatrain.nn.norm.rms_norm import RMSNorm
@@ -238,3 +238,32 @@ def test_the_borders_of_documents_are_their_first_tokens_and_then_nothing():
 def test_borders_are_taken_by_cards_in_sixteen_bits_alone(device, dtype, head_dim, taken):
     activations = SimpleNamespace(device=torch.device(device), dtype=dtype)  # there is no card to hold any
     assert takes_borders(activations, head_dim) is taken
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("shown", ["all", "masked", "autocast"])
+def test_short_rows_in_bf16_have_gradients_of_float32(shown, compiled, monkeypatch):
+    """One rounding of what is kept and one of the result, where torch's bf16 kernel rounds in between too."""
+    monkeypatch.setattr("megatrain.parallel.product.CPU_MULTIPLIES_BF16", True)
+    dtype = torch.float32 if shown == "autocast" else torch.bfloat16
+    q = leaf(2, 4, T, HEAD_DIM, seed=1, dtype=dtype)
+    k, v = (leaf(2, 2, T, HEAD_DIM, seed=s, dtype=dtype) for s in (2, 3))
+    lower = torch.ones(T, T, dtype=torch.bool).tril()[None, None].expand(2, -1, -1, -1)
+    mask = lower.clone() if shown == "masked" else None
+    if mask is not None:
+        mask[1, :, 7:, :3] = False
+
+    def fast(q, k, v):
+        with torch.autocast("cpu", torch.bfloat16, enabled=shown == "autocast"):
+            return scaled_dot_product(q, k, v, mask, causal=True)
+
+    attend = torch.compile(fast, fullgraph=True, backend="aot_eager") if compiled else fast
+    y, exact = attend(q, k, v), dense(q, k, v, lower if mask is None else mask)
+    assert y.dtype == torch.bfloat16
+    assert_near(y, exact, 2**-7)
+    cotangent = leaf(*y.shape, seed=9).detach().bfloat16()
+    found = torch.autograd.grad(y, [q, k, v], cotangent)
+    expected = torch.autograd.grad(exact, [q, k, v], cotangent.double())
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == dtype
+        assert_near(a, b, 2**-7)

@@ -33,6 +33,7 @@ def chunks_of(rows: int, n_valid: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_chunk_gives_the_loss_and_gradients_of_the_whole(rows, dtype, monkeypatch):
     chunks_of(rows, 23, monkeypatch)
+    monkeypatch.setattr(cross_entropy, "CACHE_BYTES", 3 * 4 * 23)
     hidden, head, targets, weights = inputs(23, 23, dtype)
     found = linear_cross_entropy(hidden, head, targets, weights, axis=ALONE, first=0, n_valid=23)
     exact = reference(hidden.double(), head.double(), targets, weights.double(), n_valid=23)
@@ -117,6 +118,21 @@ def test_without_gradients_none_are_made():
     assert_near(found, reference(hidden, head, targets, weights, n_valid=23))
 
 
+def test_what_is_left_of_a_likely_target_survives_in_bf16():
+    """Of a token that the model is sure of the gradient is smaller than a step of bf16 beside the exponential of 1."""
+    head = torch.zeros(23, D)
+    head[5] = 1.0
+    hidden = torch.full((1, D), 1.25)  # a logit of 10 for the target and of 0 for the others
+    given = [x.bfloat16().requires_grad_() for x in (hidden, head)]
+    one, target = torch.ones(1), torch.tensor([5])
+    found = linear_cross_entropy(*given, target, one, axis=ALONE, first=0, n_valid=23)
+    exact = [x.detach().double().requires_grad_() for x in given]
+    expected = reference(*exact, target, one.double(), n_valid=23)
+    assert float(expected.detach()) < 0.002
+    for a, b in zip(torch.autograd.grad(found, given), torch.autograd.grad(expected, exact), strict=True):
+        assert_near(a, b, 2**-7)
+
+
 def test_a_frozen_head_leaves_the_gradient_of_hidden_states_alone():
     hidden, head, targets, weights = inputs(23, 23)
     found = linear_cross_entropy(hidden, head.detach(), targets, weights, axis=ALONE, first=0, n_valid=23)
@@ -135,7 +151,7 @@ def cut_against_whole(n: int) -> None:
     tp = TensorParallel(axis)
     for n_rows, n_valid, chunk in CASES:
         for autocast, z_loss in ((False, 0.0), (True, 0.0), (False, 0.1)):
-            cross_entropy.CHUNK_BYTES = chunk * 4 * n_valid // n
+            cross_entropy.CHUNK_BYTES, cross_entropy.CACHE_BYTES = chunk * 4 * n_valid // n, 2 * 4 * n_valid // n
             hidden, head, targets, weights = inputs(n_rows, n_valid)
             first, stop = tp.rows(n_rows)
             local = head.detach()[first:stop].clone().requires_grad_()

@@ -239,7 +239,16 @@ def megatron_core(shape: Shape, bf16: bool, compiled: bool) -> Step:
     positions = torch.arange(s.seq_len).expand_as(tokens)
     mask = torch.ones(1, 1, s.seq_len, s.seq_len, dtype=torch.bool).triu(1)
     run = torch.compile(model) if compiled else model
-    return by_hand(model, lambda: run(tokens, positions, mask, labels=targets).float().mean(), bf16)
+    step = by_hand(model, lambda: run(tokens, positions, mask, labels=targets).float().mean(), bf16)
+    if not bf16:
+        return step
+
+    def all_under_autocast() -> float:
+        """Its linears multiply by the float32 weight in backward, so that needs autocast too."""
+        with torch.autocast("cpu", torch.bfloat16):
+            return step()
+
+    return all_under_autocast
 
 
 def _without_its_card() -> None:

@@ -29,6 +29,7 @@ from megatrain.parallel.mesh import Mesh
 
 def megatrain(shape: Shape, bf16: bool, compiled: bool) -> Step:
     """The decoder under the plain engine, as `megatrain train` runs it on one rank."""
+    Device("cpu").use()
     model = decoder(shape)
     if compiled:
         model.compile_blocks()  # type: ignore[operator]

@@ -112,16 +112,22 @@ def main() -> None:
     if absent := sorted(PEERS.keys() - installed()):
         print(f"left out, since they are not installed: {', '.join(absent)}")
     conditions, lines = environment(a.threads, a.cycles, a.launches, a.batch), []
+    write(a.json, [conditions])
     for precision in a.precision:
         for launch in range(a.launches):
-            lines += [line | {"launch": launch} for line in measured(a.peers, precision, a.cycles, a.threads, a.batch)]
+            costs = measured(a.peers, precision, a.cycles, a.threads, a.batch)
+            lines += [line | {"launch": launch} for line in costs]
+            write(a.json, [conditions, *lines])
         print(f"\n{precision}, {conditions['device']}, {a.threads} thread, {a.launches} x {a.cycles} cycles")
         print(
             table([line for line in lines if line["precision"] == precision], Shape(batch=a.batch).tokens), flush=True
         )
-    if a.json:
-        with open(a.json, "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in (conditions, *lines))
+
+
+def write(path: Path | None, lines: list[dict[str, Any]]) -> None:
+    """After each launch: a later one may fail."""
+    if path:
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ def scaled_dot_product(
     """
     if isinstance(mask, Borders):
         return _by_documents(q, k, v, mask, window)
+    if _short(q, k):
+        return _ShortOnCPU.apply(*as_products(q, k, v), mask, causal)
     q, k, v, options = _as_taken(q, k, v, mask, causal)
     if by_float32(q):
         with torch.autocast("cpu", enabled=False):
@@ -190,3 +192,37 @@ def _every_head(x: Tensor, q: Tensor) -> Tensor:
 def _summed_heads(grad: Tensor, groups: int) -> Tensor:
     """The gradient of `_every_head`."""
     return grad if grad.shape[1] == groups else grad.unflatten(1, (groups, -1)).sum(2)
+
+
+# ------------------------------------------------------------------------------------------------ short rows on a CPU
+
+SHORT = 256
+"""Keys, up to which torch's gradient of attention takes a CPU longer in bf16 than in float32, by a half and more."""
+
+
+def _short(q: Tensor, k: Tensor) -> bool:
+    return (
+        q.device.type == "cpu"
+        and product_format(q) == torch.bfloat16
+        and not by_float32(q)
+        and 0 < q.shape[2] <= SHORT
+        and 0 < k.shape[2] <= SHORT
+    )
+
+
+class _ShortOnCPU(torch.autograd.Function):
+    """Forward in bf16, and bf16 is what it keeps; backward in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        y, lse = attend_part(q, k, v, mask, causal=causal)
+        ctx.save_for_backward(q, k, v, mask, y, lse)
+        ctx.causal = causal
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, y, lse = ctx.saved_tensors
+        grad, q, k, v, y = (x.float() for x in (grads[0], q, k, v, y))
+        found = attend_part_backward(grad, q, y, lse, k, v, mask, causal=ctx.causal)
+        return *(x.bfloat16() for x in found), None, None
