@@ -2,10 +2,13 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,6 +27,7 @@ from megatrain.nn.where import KeyValueCache, Where
 from megatrain.parallel.mesh import Axis
 from megatrain.parallel.shard import initialise
 from megatrain.parallel.tensor import TensorParallel
+from megatrain.train.config import read_run
 from tests.contract import assert_near, batch, error, examples, randomise, where
 
 N_VALID, SEQ_LEN = 37, 12
@@ -98,10 +102,13 @@ def test_parameters_are_counted_without_memory(tied):
     assert c.n_parameters(N_VALID) == sum(p.numel() for p in model_of(c).parameters())
 
 
+IN_PLACE = {torch.ops.aten.addmm_: lambda total, a, b, *_, **__: 2 * a[0] * a[1] * b[1]}
+"""What torch's counter does not know."""
+
+
 def counted_flops(c: Decoder, n_rows: int) -> float:
     model, given = model_of(c), batch(*[(SEQ_LEN,)] * n_rows, vocab_size=N_VALID)
-    in_place = {torch.ops.aten.addmm_: lambda total, a, b, *_, **__: 2 * a[0] * a[1] * b[1]}  # torch does not know it
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
         loss, _ = model(given)
         loss.backward()
     return counter.get_total_flops() / (n_rows * SEQ_LEN)
@@ -122,6 +129,26 @@ def test_palm_flops_are_what_torch_counts(changes):
     """With attention written out, torch counts the whole square; the head's padding is never multiplied."""
     c = choice(**changes)
     assert c.flops_per_token(N_VALID, SEQ_LEN).palm == counted_flops(c, n_rows=2)
+
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SHIPPED = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("*/*.yaml") if path.name != "gpu.yaml")
+"""Every configuration that has a model."""
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_flops_of_every_shipped_model_are_what_torch_counts(name, tmp_path):
+    """Without memory, so that eight billion weights are no matter."""
+    file, seq_len, n_valid = tmp_path / "run.yaml", 128, 32_000
+    bases = [name] if not name.startswith("model/") else ["run/tiny.yaml", name]
+    file.write_text(yaml.safe_dump({"base": [str(CONFIGS / base) for base in bases]}))
+    c = read_run(str(file), ["model.vocab_size=null"]).run.model
+    given = batch((seq_len,), vocab_size=n_valid)
+    counter = FlopCounterMode(display=False, custom_mapping=IN_PLACE)
+    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), counter:
+        model = c.build(n_valid=n_valid, seq_len=seq_len)
+        model(given)[0].backward()
+    assert counter.get_total_flops() == seq_len * c.flops_per_token(n_valid, seq_len).palm
 
 
 def test_causal_flops_leave_out_half_of_the_square():
