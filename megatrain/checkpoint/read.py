@@ -224,8 +224,14 @@ class Reader:
         Raises:
             CheckpointError: the tensor is not there, or has another shape or dtype.
         """
-        tensor = self.stored(slice.name, slice.state)
         label = f"{slice.state} of {slice.name}"
+        if slice.state != "weights" and (slice.state, slice.name) not in self.manifest.tensors:
+            raise CheckpointError(
+                f"{self.commit.storage.describe(self.commit.folder)} holds no {label}, which this run's optimizer "
+                f"keeps (it holds {', '.join(self.states())}): set the optimizer that it was saved with, or begin a "
+                "new run with its weights by checkpoint.init_from"
+            )
+        tensor = self.stored(slice.name, slice.state)
         if tensor.shape != tuple(slice.full_shape):
             raise CheckpointError(
                 f"{label} has shape {list(tensor.shape)} in {self.commit.folder} "
@@ -233,8 +239,9 @@ class Reader:
             )
         if tensor.dtype != slice.values.dtype and not self._cast:
             raise CheckpointError(
-                f"{label} was saved as {DTYPE_NAMES[tensor.dtype]} and this run keeps "
-                f"{DTYPE_NAMES.get(slice.values.dtype, slice.values.dtype)}: keep the precision or acknowledge it"
+                f"{label}: saved as {DTYPE_NAMES[tensor.dtype]}, and this run keeps "
+                f"{DTYPE_NAMES.get(slice.values.dtype, slice.values.dtype)}: keep the precision, or add "
+                "precision.parameters to checkpoint.acknowledge"
             )
         self.used.add((slice.state, slice.name))
         if slice.matrix == tensor.matrix:

@@ -176,8 +176,6 @@ class Parts:
     zero: int
     pipeline: PipelinePlan | None = None
     """With it the model is the `models.stages.Stages` of this rank."""
-    all_names: tuple[str, ...] = ()
-    """Of the parameters of the undivided model, where this rank has some of them only."""
 
 
 def no_masters(case: EngineCase, engine: str) -> list[str]:

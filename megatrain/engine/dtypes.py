@@ -45,8 +45,8 @@ def _eight_bits(low: Any) -> dict[str, str]:
     if what == "fp8":
         names = f"e4m3 ({low.kind}) in layers like {low.layers} of {low.min_size:,} weights and more"
         names += "" if low.backend == "torch" else ", by Transformer Engine"
-        names += f", but the first {low.keep_first} and last {low.keep_last} blocks"
         gradient = str(low.format("gradient")).removeprefix("torch.float8_").removesuffix("fn")
+    names += f", but the first {low.keep_first} and last {low.keep_last} blocks"
     weight = gradient if low.weight_gradient == "low" else "bf16"
     return {f"{what} products": names, f"{what} gradients": f"{gradient}, of weights in {weight}"}
 

@@ -63,6 +63,10 @@ class Layout:
         ]
         if self.schedule not in SCHEDULES:
             found.append(f"schedule is {self.schedule!r}: {did_you_mean(self.schedule, SCHEDULES)}")
+        if self.recompute == "norms" and self.compile is False:
+            found.append(
+                "recompute=norms is for compiled blocks and compile is false: set compile=true, or recompute=none"
+            )
         if self.virtual is not None and self.virtual < 1:
             found.append(f"virtual={self.virtual}: it must be at least 1")
         if self.pp == 1:

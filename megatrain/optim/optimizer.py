@@ -72,9 +72,9 @@ class Optimizer:
         """`named` as torch's parameter groups, each with its rule."""
         return [group | {"rule": self} for group in parameter_groups(named, self.weight_decay, self.groups)]
 
-    def unmatched(self, names: Iterable[str]) -> list[str]:
-        """A sentence for each group whose pattern matches none of `names`."""
-        return unmatched(self.groups, names)
+    def unmatched(self, named: Mapping[str, Tensor]) -> list[str]:
+        """A sentence for each group without effect on these parameters of a whole model."""
+        return unmatched(self.groups, named)
 
     # --------------------------------------------------------------------------------- a rule, element by element
 
@@ -134,14 +134,21 @@ def parameter_groups(named: Mapping[str, Tensor], weight_decay: float, groups: I
 
 
 def unmatched(groups: Iterable[Group], names: Iterable[str]) -> list[str]:
-    """A sentence for each group whose pattern matches none of `names`, which is most likely a mistyped pattern."""
-    names = list(names)
-    examples = ", ".join(names[:3])
-    return [
-        f"optimizer.groups.{i}.match is {group.match!r}, which is the name of no parameter: names are like {examples}"
-        for i, group in enumerate(groups)
-        if not any(group.matches(name) for name in names)
-    ]
+    """A sentence for each group that no parameter goes into, which is most likely a mistake in its pattern."""
+    names, taken, found = list(names), set[str](), []
+    for i, group in enumerate(groups):
+        matched = {name for name in names if group.matches(name)}
+        if not matched:
+            found.append(
+                f"optimizer.groups.{i}.match is {group.match!r}, which is the name of no parameter: names are like "
+                f"{', '.join(names[:3])}"
+            )
+        elif matched <= taken:
+            found.append(
+                f"optimizer.groups.{i}.match is {group.match!r}, and groups before it take all of that: put it first"
+            )
+        taken |= matched
+    return found
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -17,6 +17,7 @@ from megatrain.base.files import written_whole
 from megatrain.base.log import log, start_logging, warn
 from megatrain.checkpoint.checkpoints import Checkpoints
 from megatrain.checkpoint.exchange import Exchange
+from megatrain.checkpoint.keys import acknowledged
 from megatrain.checkpoint.origin import revision, versions
 from megatrain.checkpoint.read import Commit, only_weights
 from megatrain.checkpoint.retention import SCORE
@@ -154,7 +155,7 @@ class Session:
         acknowledge = self.run.checkpoint.acknowledge
         if commit is not None:
             refuse_other_tokenizer(commit, self.tokenizer.fingerprint, acknowledge)
-            reader = commit.reader()
+            reader = commit.reader(cast=acknowledged("precision.parameters", acknowledge))
             self.checkpoints.load(reader, self.engine)
             self.engine.load_scalars(reader.state["engine"])
             self.state.restore(reader.state["run"])

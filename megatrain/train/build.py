@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, Self
 
-import torch
-
 from megatrain.base.device import Device
 from megatrain.base.errors import ConfigError
 from megatrain.data.feed import Feed
@@ -51,7 +49,6 @@ def build_engine(run: Run, tokenizer: TokenizerEntry, mesh: Mesh, device: Device
         micro_batch=run.layout.micro_batch,
         zero=resolved.zero,
         pipeline=plan,
-        all_names=() if plan is None else all_names(run, tokenizer),
     )
     engine: Engine = ENGINE[resolved.engine]().build(parts)
     eight_bits = run.precision.eight_bits
@@ -93,13 +90,6 @@ def build_model(run: Run, plan: PipelinePlan | None, mesh: Mesh, **facts: Any) -
     if plan is None:
         return run.model.build(seed=run.seed, **facts)
     return Stages.build(plan.spans(mesh.axis("pp").rank), partial(run.model.build, seed=run.seed, **facts))
-
-
-def all_names(run: Run, tokenizer: TokenizerEntry) -> tuple[str, ...]:
-    """Names of all parameters of the undivided model, which is built without memory."""
-    with torch.device("meta"):
-        model = run.model.build(n_valid=tokenizer.vocab_size, seq_len=run.data.seq_len)
-    return tuple(name for name, _ in model.named_parameters())
 
 
 class ContextFeed(Iterator[Batch]):

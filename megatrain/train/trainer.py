@@ -102,16 +102,21 @@ class Trainer:
         """
         while self.state.step < self.total_steps:
             self.step()
-            if self.rewinding:
-                self.deliver()
-                self.most_loss.clear()
-                self.go_back()
-                self.rewinding = False
+            if self.state.step == self.total_steps:
+                self.deliver()  # no step follows that would
+            self._go_back_if_asked()
             agreed = self.vote.agreed()  # asked on every rank at every step, whatever a hook says
             if (agreed or self.stopping) and self.state.step < self.total_steps:
                 self.deliver()
+                self._go_back_if_asked()
                 raise PreemptedError(f"stopped after step {self.state.step} of {self.total_steps}, as asked")
-        self.deliver()
+
+    def _go_back_if_asked(self) -> None:
+        if self.rewinding:
+            self.deliver()
+            self.most_loss.clear()
+            self.go_back()
+            self.rewinding = False
 
     def step(self) -> None:
         """One step. Its numbers are read while the next one runs, unless a hook needs the state of this very step."""

@@ -147,4 +147,5 @@ def test_eight_bits_are_rows_of_the_table():
         assert table["parameters sent in"] == sent
     table = dtype_table(Precision(compute="bf16", int8=Int8(weight_gradient="low")), engine="plain", zero=0, moments="")
     assert table["int8 gradients"] == "int8, of weights in int8"
+    assert "but the first 1 and last 1 blocks" in table["int8 products"]
     assert all(line.split()[0] == name.split()[0] for line, name in zip(lines(table), table, strict=True))

@@ -111,10 +111,7 @@ class Case:
         if self.compiled:
             model.compile_blocks(self.compiled)
         precision = Precision(compute="bf16" if self.parameters == "bf16" else "fp32", parameters=self.parameters)
-        names = tuple(name for name, _ in decoder.build(n_valid=VOCABULARY, seq_len=SEQ_LEN).named_parameters())
-        parts = Parts(
-            model, self.optimizer, mesh, Device("cpu"), precision, self.micro_batch, self.zero, plan, all_names=names
-        )
+        parts = Parts(model, self.optimizer, mesh, Device("cpu"), precision, self.micro_batch, self.zero, plan)
         # so small parameters would be kept whole under ZeRO-3
         choice = DeepSpeed(persistent_below=0) if self.engine == "deepspeed" else ENGINE[self.engine]()
         return choice.build(parts)

@@ -64,6 +64,7 @@ REFUSED: list[tuple[int, str, str]] = [
      "set layout.zero=2, model.tie_embeddings=false, or layout.schedule to zbv or dualpipev"),
     (1, "layout.compile=maybe", "layout.compile (command line) is 'maybe': allowed: 'auto', false, true"),
     (1, "layout.recompute=first", "names no block from 0 to 3: use one of them, or numbers such as 0-3 or 0,2,4"),
+    (1, "layout.recompute=norms layout.compile=false", "is for compiled blocks and compile is false: set compile=true"),
     (1, "precision.parameters=bf16", "set compute=bf16, or parameters=fp32"),
     # --- batches
     (3, "layout.engine=plain",

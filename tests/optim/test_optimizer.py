@@ -393,6 +393,9 @@ def test_a_pattern_without_a_parameter_is_named():
     choice = AdamW(lr=1.0, groups=(Group(match="embedding.*"), Group(match="*.nrom.*")))
     [sentence] = choice.unmatched(tensors())
     assert sentence.startswith("optimizer.groups.1.match is '*.nrom.*'")
+    shadowed = AdamW(lr=1.0, groups=(Group(match="*"), Group(match="*.norm.*", lr_scale=50.0)))
+    [sentence] = shadowed.unmatched(tensors())
+    assert "optimizer.groups.1.match is '*.norm.*', and groups before it take all of that" in sentence
 
 
 def test_groups_are_read_from_a_run_file():
@@ -427,6 +430,8 @@ def test_settings_without_effect_or_sense_are_refused(choice, words):
         (Muon(lr=0.1, leave=("*",)), "leaves Muon no matrix"),
         (Muon(lr=0.1, leave=("*feedforward*",)), "optimizer.leave has '*feedforward*', which is the name of no"),
         (Muon(lr=0.1, groups=(Group(match="embedding*"),), rest=Lion(lr=0.1)), "which is all left to rest"),
+        (Muon(lr=0.1, groups=(Group(match="*norm*"),), rest=Lion(lr=0.1)), "which is all left to rest"),
+        (Muon(lr=0.1, rest=Lion(lr=0.1, groups=(Group(match="*.down.*"),))), "which is all Muon's own"),
     ],
 )
 def test_patterns_of_muon_that_leave_it_nothing_are_refused(choice, words):

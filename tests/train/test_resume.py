@@ -121,6 +121,27 @@ def test_a_change_of_the_mathematics_must_be_acknowledged_by_name(tmp_path: Path
     assert resumed["changed"]["optimizer.lr"] == [0.01, 0.02]
 
 
+def test_another_optimizer_is_told_that_its_moments_are_not_there(tmp_path: Path, text_data: Path) -> None:
+    path = write_run(tmp_path, text_data)
+    with pytest.raises(PreemptedError):
+        train(path, ["hooks=[{kind: pause, at: 3}]"])
+    asked = ["optimizer={kind: adafactor, lr: 0.01}", "checkpoint.acknowledge=[optimizer]"]
+    with pytest.raises(CheckpointError, match=r"which this run's optimizer keeps .*: set the optimizer that it was"):
+        train(path, asked)
+
+
+def test_parameters_in_another_format_are_taken_once_that_is_acknowledged(tmp_path: Path, text_data: Path) -> None:
+    path = write_run(tmp_path, text_data)
+    low = ["precision.compute=bf16", "precision.parameters=bf16", "precision.stochastic_rounding=true"]
+    with pytest.raises(PreemptedError):
+        train(path, ["hooks=[{kind: pause, at: 3}]", *low])
+    acknowledge = "checkpoint.acknowledge=[precision.compute,precision.stochastic_rounding{}]"
+    with pytest.raises(ConfigError, match=r"add precision\.parameters to checkpoint\.acknowledge"):
+        train(path, [acknowledge.format("")])
+    train(path, [acknowledge.format(",precision.parameters")])
+    assert [line["step"] for line in metrics(tmp_path / "runs/small")] == list(range(1, 13))
+
+
 def test_init_from_takes_the_weights_and_starts_anew(tmp_path: Path, text_data: Path) -> None:
     path = write_run(tmp_path, text_data)
     train(path, ["name=first"])

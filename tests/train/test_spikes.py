@@ -203,6 +203,41 @@ def test_a_run_that_went_back_resumes_exactly(tmp_path, text_data, monkeypatch):
     assert saved_weights(run, 20) == plain_steps(run, batches)
 
 
+def test_a_spike_at_the_last_step_is_gone_back_from_too(tmp_path, text_data, monkeypatch):
+    at_step(monkeypatch, {11: spoil})
+    run = read_run(str(write_run(tmp_path, text_data, hooks=[SPIKES | {"action": "rewind"}], train__eval_every=0))).run
+    train(run)
+    monkeypatch.undo()
+    assert [event["at_step"] for event in events(run.folder, "spike")] == [12]
+    assert saved_weights(run, 12) == plain_steps(run, [*range(6), *range(12, 18)])
+
+
+def test_a_stop_at_a_spike_goes_back_first_and_can_be_resumed(tmp_path, text_data, monkeypatch):
+    at_step(monkeypatch, {8: spoil, 9: stop})
+    run = read_run(str(write_run(tmp_path, text_data, hooks=[SPIKES | {"action": "rewind"}], train__eval_every=0))).run
+    with pytest.raises(PreemptedError, match="stopped after step 6 of 12"):
+        train(run)
+    monkeypatch.undo()
+    train(run)
+    assert [line["step"] for line in metrics(run.folder)] == list(range(1, 13))
+    assert saved_weights(run, 12) == plain_steps(run, [*range(12)])
+
+
+def test_only_going_back_counts_as_having_gone_back(tmp_path):
+    found: list[str] = []
+    handle = Handle(
+        folder=tmp_path, rank=0, world=1, total_steps=400, first_step=1, rewind=lambda: None, examine=dict,
+        note=lambda kind, **facts: found.append(facts["action"]),
+    )  # fmt: skip
+    hook = Spikes(action="rewind", most_rewinds=1).build(handle)
+    for step, loss in enumerate(falling(400), 1):
+        high = step in (150, 200, 300)
+        hook.after_step({"step": step, "loss": 9.0 if high else loss, "grad_norm": 1.0, "skipped": 0})
+        if step == 200:  # at 150 there was no checkpoint
+            hook.rewound(100)
+    assert found == ["rewind", "rewind", "log"]
+
+
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path, text_data, monkeypatch, capfd):
     at_step(monkeypatch, {8: spoil})
     hooks = [SPIKES | {"action": "rewind"}]

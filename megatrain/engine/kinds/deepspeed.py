@@ -292,7 +292,7 @@ class ZeroEngine:
 
 def refuse(named: dict[str, nn.Parameter], parts: Parts) -> None:
     """Raise ConfigError for what ZeRO cannot do right."""
-    problems = parts.optimizer.unmatched(parts.all_names or named)
+    problems = []
     if frozen := [name for name, p in named.items() if not p.requires_grad]:
         problems.append(
             f"parameters that are not trained ({', '.join(frozen[:3])}) have no place in DeepSpeed's partitions: "

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatrain.base.errors import ConfigError
 from megatrain.engine.api import ENGINE, Engine, EngineCase, Parts, StepReport, no_masters
 from megatrain.engine.gradients import sum_partial
 from megatrain.engine.groups import connected
@@ -91,8 +90,6 @@ class Fsdp2Engine:
         mesh = connected(parts.mesh)
         self.data, self.tp, self.pp = (mesh.axis(name) for name in ("data", "tp", "pp"))
         known = shards(self.model)
-        if problems := parts.optimizer.unmatched(parts.all_names or known):
-            raise ConfigError(problems)
         self.passes = passes_of(parts, mesh)  # before parameters are replaced and forget their shards
         gather_in_eight_bits(self.model, self.data)
         self.sharded = shard_model(self.model, self.data, parts)

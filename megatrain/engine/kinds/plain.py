@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatrain.base.errors import ConfigError
 from megatrain.engine.accumulating import plain_passes
 from megatrain.engine.api import ENGINE, Engine, EngineCase, Parts, Precision, StepReport
 from megatrain.engine.gradients import Gradients, gradients_by_name, gradients_of, sum_partial
@@ -47,8 +46,6 @@ class PlainEngine:
         self.data, self.tp, self.pp = (parts.mesh.axis(name) for name in ("data", "tp", "pp"))
         self.shards = shards(self.model)
         self.named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if problems := parts.optimizer.unmatched(parts.all_names or self.named):
-            raise ConfigError(problems)
         self.masters = masters_of(self.model, self.named, parts.precision)
         self.partial = [p for name, p in self.named.items() if self.shards[name].partial]
         self.gradients = self._gradients()

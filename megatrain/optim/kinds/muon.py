@@ -1,7 +1,7 @@
 """Muon: momentum whose matrices are orthogonalised, so that a step turns all directions alike."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
@@ -79,25 +79,33 @@ class Muon(Optimizer):
             groups.append(group | {"lr_scale": group["lr_scale"] * (self.others.lr / self.lr if self.lr else 1.0)})
         return Steps(groups, self.lr)
 
-    def unmatched(self, names: Iterable[str]) -> list[str]:
-        names = list(names)
-        found = super().unmatched(names)
-        left = [name for name in names if any(fnmatchcase(name, pattern) for pattern in self.leave)]
+    def unmatched(self, named: Mapping[str, Tensor]) -> list[str]:
+        found = super().unmatched(named)
         if self.leave != Muon.leave:
             found += [
                 f"optimizer.leave has {pattern!r}, which is the name of no parameter"
                 for pattern in self.leave
-                if not any(fnmatchcase(name, pattern) for name in names)
+                if not any(fnmatchcase(name, pattern) for name in named)
             ]
-        if len(left) == len(names):
+        own = {name for name, tensor in named.items() if self.takes(name, tensor)}
+        if not own:
             found.append(f"optimizer.leave={list(self.leave)} leaves Muon no matrix: leave fewer, or take rest alone")
-        for i, group in enumerate(self.groups if self.rest is not None else ()):
-            matched = {name for name in names if group.matches(name)}
-            if matched and matched <= set(left):
+        if self.rest is None:  # its groups are then those of both
+            return found
+        for i, group in enumerate(self.groups):
+            matched = {name for name in named if group.matches(name)}
+            if matched and not matched & own:
                 found.append(
                     f"optimizer.groups.{i}.match is {group.match!r}, which is all left to rest: put it in rest.groups"
                 )
-        return found if self.rest is None else found + [f"rest: {s}" for s in self.rest.unmatched(names)]
+        for i, group in enumerate(self.rest.groups):
+            matched = {name for name in named if group.matches(name)}
+            if matched and matched <= own:
+                found.append(
+                    f"optimizer.rest.groups.{i}.match is {group.match!r}, which is all Muon's own: put it in "
+                    "optimizer.groups"
+                )
+        return found + [f"rest: {s}" for s in self.rest.unmatched(named)]
 
     @property
     def states(self) -> tuple[str, ...]:

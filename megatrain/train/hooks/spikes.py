@@ -10,7 +10,8 @@ when a step begins, and so the decision does not depend on what else a run waits
 | skip | and the step is not taken: its gradient, known by then, is dropped before weights and moments change |
 | rewind | and weights and moments go back to the newest checkpoint and train on with the data that comes next, so |
 | | that what led to the spike is left out (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1); the newest |
-| | is also one that a stop has made, so a run that was stopped may go back less far |
+| | is also one that a stop has made, so a run that was stopped may go back less far; a stop at the very spike |
+| | goes back and saves nothing, so the resumed run sees that data again |
 """
 
 import math
@@ -91,10 +92,11 @@ class _Spikes(Hook):
         facts = {"loss": loss, "grad_norm": record["grad_norm"], "score": min(round(score, 2), 1e9), "action": action}
         self.handle.note("spike", at_step=step, **facts, **self.handle.examine())
         if action == "rewind":
-            self.rewinds, self.asked = self.rewinds + 1, step
+            self.asked = step
             self.handle.rewind()
 
     def rewound(self, step: int) -> None:
+        self.rewinds += self.asked is not None
         self.asked = None
 
     def _limit(self, step: int, losses: list[float]) -> None:
