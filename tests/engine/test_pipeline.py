@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatrain.base.device import Device
-from megatrain.base.errors import ConfigError
 from megatrain.engine.api import ENGINE, Engine, Parts, Precision
 from megatrain.engine.kinds.deepspeed import DeepSpeed
 from megatrain.engine.layout import Layout
@@ -389,25 +388,6 @@ def test_a_thousand_bf16_gradients_are_summed_to_a_thousandth_under_a_schedule(c
                 found = applied["exp_avg", name].double()
                 error = (found - expected.reshape(found.shape)).norm() / expected.norm()
                 assert error < 1e-3, f"{case}: {name}: {error}"
-
-
-def build_with_groups() -> list[str]:
-    """Patterns of parameters that only one rank of the pipeline holds, and one that none does."""
-    words = []
-    for pattern in ("layers.0.*", "layers.4.*", "layers.5.*"):
-        case = Case("1f1b", optimizer=dataclasses.replace(OPTIMIZER, groups=(Group(match=pattern, lr_scale=0.5),)))
-        try:
-            case.engine_of(case.mesh())
-            words.append("")
-        except ConfigError as error:
-            words.append(str(error))
-    return words
-
-
-def test_a_pattern_need_only_match_a_parameter_of_some_stage() -> None:
-    for first, last, none in run(build_with_groups, 2):
-        assert (first, last) == ("", "")
-        assert "layers.5.*" in none
 
 
 def train_with_a_frozen_embedding() -> tuple[float, bool]:

@@ -129,6 +129,17 @@ def test_what_cannot_be_laid_out_is_refused_with_what_would(ranks, settings, wor
     assert words in str(refusal.value)
 
 
+@pytest.mark.parametrize("layout", ["", "layout.tp=2", "layout.pp=2"])
+def test_a_pattern_need_only_match_a_parameter_of_some_rank(layout, run_file):
+    ranks = 2 if layout else 1
+    for pattern in ("embedding.*", "layers.0.*", "layers.3.*"):
+        groups = f'optimizer.groups=[{{"match":"{pattern}","lr_scale":0.5}}]'
+        refuse(read_run(run_file, [*layout.split(), groups]).run, ranks)
+    groups = 'optimizer.groups=[{"match":"layers.4.*","lr_scale":0.5}]'
+    with pytest.raises(ConfigError, match=r"optimizer\.groups\.0\.match is 'layers\.4\.\*', which is the name of no"):
+        refuse(read_run(run_file, [*layout.split(), groups]).run, ranks)
+
+
 def test_the_run_itself_is_legal(run_file):
     refuse(read_run(run_file, ()).run, 1)
     assert len(REFUSED) >= 40
