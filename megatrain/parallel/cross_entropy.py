@@ -15,7 +15,7 @@ from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.mesh import Axis
 from megatrain.parallel.product import add_product, by_float32, linear, multiply, product_format
 
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 8 * 2**20
 """Memory of one chunk of float32 logits: large enough for good products, small beside a model."""
 
 CACHE_BYTES = 4 * 2**20
@@ -106,6 +106,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_x = multiply(grad, head)
                     grad_hidden[here] = grad_x if scale is None else grad_x.mul_(scale)
                     add_product(grad_weight[:n_local], grad, x if scale is None else (x * scale).to(dtype))
+                del grad  # or the next chunk would be made beside it
         if needs_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
         return total
