@@ -26,14 +26,6 @@ PEAK_BF16 = {  # dense BF16 FLOP/s without sparsity, from the vendors' data shee
 }
 
 
-def made_by_amd() -> bool:
-    """Whether this machine's CPU is AMD's, as far as Linux says."""
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-
-
 @dataclass(frozen=True)
 class Device:
     """Where tensors live: `kind` is cpu or cuda, `index` this rank's card on its node."""

@@ -1,23 +1,16 @@
-"""Matrix products in bf16 wherever the run is, and the fastest that a CPU has.
+"""Matrix products in bf16 wherever the run is, and at the speed of float32 where a CPU has no bf16 ones.
 
 An x86 CPU without AVX-512 multiplies bf16 matrices through a loop that is up to a hundred times slower than its float32
 product. There the operands are rounded to bf16 as ever, multiplied as float32 numbers, and the result is rounded: what
 a bf16 product with float32 sums gives, and gradients that are rounded once less.
-
-In float32 torch asks MKL, which holds itself back on AMD's CPUs. oneDNN, which torch has too, takes 5 to 20% less time
-there with AVX-512.
 """
 
-import math
 import platform
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
-
-from megatrain.base.device import made_by_amd
 
 CPU_MULTIPLIES_BF16 = (
     platform.machine().lower() not in ("x86_64", "amd64") or "AVX512" in torch.backends.cpu.get_cpu_capability()
@@ -26,13 +19,6 @@ CPU_MULTIPLIES_BF16 = (
 
 ROWS = 256
 """Of a sum that is made in parts."""
-
-ONEDNN_IS_FASTER = (
-    "AVX512" in torch.backends.cpu.get_cpu_capability()
-    and made_by_amd()
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-)
-"""Float32 products are better asked of oneDNN than of MKL."""
 
 
 def product_format(x: Tensor) -> torch.dtype:
@@ -48,8 +34,6 @@ def by_float32(x: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b: [..., i], [o, i], [o] -> [..., o], in the format that is asked for."""
-    if _by_onednn(x, weight):
-        return _OneDNNLinear.apply(x, weight, bias)
     if not by_float32(x):
         return F.linear(x, weight, bias)
     if not torch.compiler.is_compiling():
@@ -63,7 +47,7 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     """a b in their own format, whatever autocast says: [..., k], [k, m] -> [..., m]."""
     if _slow(a):
         return (a.float() @ b.float()).to(a.dtype)
-    return _onednn(a, b.T) if _by_onednn(a, b) else a @ b
+    return a @ b
 
 
 def add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
@@ -88,46 +72,6 @@ def float32_product(grad: Tensor, x: Tensor) -> Tensor:
 
 def _slow(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not CPU_MULTIPLIES_BF16
-
-
-def _by_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Asked for each product: `weight` may be of another format under autocast."""
-    plain = x.device.type == "cpu" and x.dtype == weight.dtype == product_format(x) == torch.float32
-    return plain and ONEDNN_IS_FASTER and x.numel() > 0 and weight.numel() > 0
-
-
-@torch.library.custom_op("megatrain::onednn_linear", mutates_args=())
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b. The weight may be the view of a transposed one, at no cost."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-@_onednn.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-@register_flop_formula(torch.ops.megatrain.onednn_linear)
-def _flops(x: tuple[int, ...], weight: tuple[int, ...], *_: Any, **__: Any) -> int:
-    return 2 * math.prod(x) * weight[0]
-
-
-class _OneDNNLinear(torch.autograd.Function):
-    """The weight's gradient stays with torch: both of its operands lie the wrong way round for oneDNN."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        return _onednn(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        rows = grads[0].flatten(0, -2)
-        grad_x = _onednn(grads[0], weight.T) if ctx.needs_input_grad[0] else None
-        grad_weight = rows.T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, rows.sum(0) if ctx.has_bias else None
 
 
 def rounded(x: Tensor) -> Tensor:

@@ -1,11 +1,8 @@
 """Products in bf16, native or by float32, and in float32, against float64 on the same operands."""
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatrain.parallel import product
@@ -14,18 +11,6 @@ from tests.contract import assert_near, assert_same_function, leaf
 
 ROUNDING = 2**-8
 """Half the distance of bf16 numbers, as a share of the number."""
-
-
-class Operators(TorchDispatchMode):
-    """Names of what torch is asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(op._overloadpacket.__name__)
-        return op(*args, **(kwargs or {}))
 
 
 @pytest.fixture(params=[True, False], ids=["native", "by float32"])
@@ -57,12 +42,6 @@ def test_a_bf16_product_rounds_its_operands_and_its_result_once(native, autocast
         assert_near(a, c, 2 * ROUNDING)
 
 
-@pytest.fixture(params=[True, False], ids=["oneDNN", "torch's choice"])
-def onednn(request, monkeypatch) -> bool:
-    monkeypatch.setattr(product, "ONEDNN_IS_FASTER", request.param)
-    return request.param
-
-
 @pytest.fixture
 def fresh_compiler() -> None:
     """Forgets what other tests compiled: each of their settings is one more graph of `linear`."""
@@ -71,17 +50,14 @@ def fresh_compiler() -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_float32_products_are_those_of_float64(fresh_compiler, onednn, bias, compiled):
+def test_float32_products_are_those_of_float64(fresh_compiler, bias, compiled):
     fast = torch.compile(linear, fullgraph=True, backend="aot_eager") if compiled else linear
     given = [leaf(2, 5, 24), leaf(16, 24, seed=1), leaf(16, seed=2)][: 3 if bias else 2]
     assert not by_float32(given[0])
     assert_same_function(fast, lambda *inputs: F.linear(*(t.double() for t in inputs)), given, 1e-6)
-    with Operators() as seen:
-        linear(*given)
-    assert ("onednn_linear" in seen.names) is onednn
 
 
-def test_a_product_takes_what_lies_the_other_way_round(onednn):
+def test_a_product_takes_what_lies_the_other_way_round():
     a, b = leaf(2, 5, 24).detach(), leaf(16, 24, seed=1).detach()
     assert_near(multiply(a, b.T), a.double() @ b.T.double(), 1e-6)
     turned = leaf(24, 5, seed=2).detach().T
@@ -89,20 +65,13 @@ def test_a_product_takes_what_lies_the_other_way_round(onednn):
 
 
 @pytest.mark.parametrize(("n", "i", "o"), [(0, 24, 16), (5, 24, 0), (5, 0, 16)])
-def test_a_product_of_nothing_is_as_torch_has_it(onednn, n, i, o):
+def test_a_product_of_nothing_is_as_torch_has_it(n, i, o):
     x, w = torch.zeros(n, i), torch.zeros(o, i)
     assert torch.equal(linear(x, w), F.linear(x, w))
     assert torch.equal(multiply(x, w.T), x @ w.T)
 
 
-def test_under_autocast_float32_operands_are_multiplied_in_bf16(onednn):
-    x, w = leaf(2, 5, 24), leaf(16, 24, seed=1)
-    with torch.autocast("cpu", torch.bfloat16), Operators() as seen:
-        assert linear(x, w).dtype == torch.bfloat16
-    assert "onednn_linear" not in seen.names
-
-
-def test_flops_of_products_are_counted(onednn):
+def test_flops_of_products_are_counted():
     x, w = leaf(2, 5, 24), leaf(16, 24, seed=1)
     with FlopCounterMode(display=False) as counter:
         linear(x, w).sum().backward()
