@@ -225,7 +225,7 @@ class Reader:
             CheckpointError: the tensor is not there, or has another shape or dtype.
         """
         label = f"{slice.state} of {slice.name}"
-        if slice.state != "weights" and (slice.state, slice.name) not in self.manifest.tensors:
+        if not only_weights(slice.state) and (slice.state, slice.name) not in self.manifest.tensors:
             raise CheckpointError(
                 f"{self.commit.storage.describe(self.commit.folder)} holds no {label}, which this run's optimizer "
                 f"keeps (it holds {', '.join(self.states())}): set the optimizer that it was saved with, or begin a "

@@ -40,12 +40,11 @@ def dtype_table(precision: Precision, *, engine: str, zero: int, moments: str, e
 
 def _eight_bits(low: Any) -> dict[str, str]:
     what = "fp8" if hasattr(low, "gradient") else "int8"
-    names = f"{what} in layers like {low.layers} of {low.min_size:,} weights and more"
-    gradient = "int8"
+    form, gradient, by = "int8", "int8", ""
     if what == "fp8":
-        names = f"e4m3 ({low.kind}) in layers like {low.layers} of {low.min_size:,} weights and more"
-        names += "" if low.backend == "torch" else ", by Transformer Engine"
+        form, by = f"e4m3 ({low.kind})", "" if low.backend == "torch" else ", by Transformer Engine"
         gradient = str(low.format("gradient")).removeprefix("torch.float8_").removesuffix("fn")
+    names = f"{form} in layers like {low.layers} of {low.min_size:,} weights and more{by}"
     names += f", but the first {low.keep_first} and last {low.keep_last} blocks"
     weight = gradient if low.weight_gradient == "low" else "bf16"
     return {f"{what} products": names, f"{what} gradients": f"{gradient}, of weights in {weight}"}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.mesh import Axis
-from megatrain.parallel.product import add_product, by_float32, linear, multiply, product_format
+from megatrain.parallel.product import add_product, by_float32, product_format
 
 CHUNK_BYTES = 8 * 2**20
 """Memory of one chunk of float32 logits: large enough for good products, small beside a model."""
@@ -103,7 +103,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 loss, grad, scale = chunk(x, head, targets[here], weights[here], axis, first, needs_grad, z_loss)
                 total += loss
                 if grad_hidden is not None and grad_weight is not None:
-                    grad_x = multiply(grad, head)
+                    grad_x = grad @ head
                     grad_hidden[here] = grad_x if scale is None else grad_x.mul_(scale)
                     add_product(grad_weight[:n_local], grad, x if scale is None else (x * scale).to(dtype))
                 del grad  # or the next chunk would be made beside it
@@ -125,7 +125,7 @@ def _chunk(
     The scale, weight / sum of exponentials, is left to the much smaller factors of the products that follow.
     """
     n, n_local = x.shape[0], head.shape[0]
-    logits = linear(x, head)
+    logits = x @ head.T
     rows = max(1, CACHE_BYTES // (4 * max(n_local, 1)))
     highest = [part.amax(-1) for part in logits.split(rows)] if n_local else [logits.new_full((n,), -torch.inf)]
     top = _over_ranks(torch.cat(highest).float(), axis, "max")

@@ -10,10 +10,11 @@ needs the collected gradient.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatrain.parallel import collectives
-from megatrain.parallel.product import by_float32, linear, multiply, product_format
+from megatrain.parallel.product import by_float32, product_format
 from megatrain.parallel.tensor import TensorParallel
 
 
@@ -37,14 +38,14 @@ class _ColumnLinear(torch.autograd.Function):
         ctx.tp, ctx.formats = tp, (x.dtype, None if bias is None else bias.dtype)
         with torch.autocast(x.device.type, enabled=False):
             whole = collectives.wait(collectives.start_all_gather(kept, tp.axis)) if tp.cuts_sequence else kept
-            return linear(whole, weight.to(dtype), None if bias is None else bias.to(dtype))
+            return F.linear(whole, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (kept, weight), grad, tp = ctx.saved_tensors, grads[0], ctx.tp
         x_format, bias_format = ctx.formats
         coming = collectives.start_all_gather(kept, tp.axis) if tp.cuts_sequence else kept
-        grad_x = multiply(grad, weight.to(grad.dtype)).to(x_format)
+        grad_x = (grad @ weight.to(grad.dtype)).to(x_format)
         start_sum = collectives.start_reduce_scatter if tp.cuts_sequence else collectives.start_all_reduce
         leaving = start_sum(grad_x, tp.axis)
         whole = collectives.wait(coming) if tp.cuts_sequence else kept

@@ -1,13 +1,12 @@
-"""Products in bf16, native or by float32, and in float32, against float64 on the same operands."""
+"""Products in bf16, native or by way of float32, against float64 on the rounded operands."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from megatrain.parallel import product
-from megatrain.parallel.product import add_product, by_float32, linear, multiply
-from tests.contract import assert_near, assert_same_function, leaf
+from megatrain.parallel.product import add_product, by_float32, linear
+from tests.contract import assert_near, leaf
 
 ROUNDING = 2**-8
 """Half the distance of bf16 numbers, as a share of the number."""
@@ -42,40 +41,10 @@ def test_a_bf16_product_rounds_its_operands_and_its_result_once(native, autocast
         assert_near(a, c, 2 * ROUNDING)
 
 
-@pytest.fixture
-def fresh_compiler() -> None:
-    """Forgets what other tests compiled: each of their settings is one more graph of `linear`."""
-    torch.compiler.reset()
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-def test_float32_products_are_those_of_float64(fresh_compiler, bias, compiled):
-    fast = torch.compile(linear, fullgraph=True, backend="aot_eager") if compiled else linear
-    given = [leaf(2, 5, 24), leaf(16, 24, seed=1), leaf(16, seed=2)][: 3 if bias else 2]
-    assert not by_float32(given[0])
-    assert_same_function(fast, lambda *inputs: F.linear(*(t.double() for t in inputs)), given, 1e-6)
-
-
-def test_a_product_takes_what_lies_the_other_way_round():
-    a, b = leaf(2, 5, 24).detach(), leaf(16, 24, seed=1).detach()
-    assert_near(multiply(a, b.T), a.double() @ b.T.double(), 1e-6)
-    turned = leaf(24, 5, seed=2).detach().T
-    assert_near(linear(turned, b), turned.double() @ b.T.double(), 1e-6)
-
-
-@pytest.mark.parametrize(("n", "i", "o"), [(0, 24, 16), (5, 24, 0), (5, 0, 16)])
-def test_a_product_of_nothing_is_as_torch_has_it(n, i, o):
-    x, w = torch.zeros(n, i), torch.zeros(o, i)
+def test_float32_products_are_torchs_own(native):
+    x, w = leaf(2, 5, 24), leaf(16, 24)
+    assert not by_float32(x)
     assert torch.equal(linear(x, w), F.linear(x, w))
-    assert torch.equal(multiply(x, w.T), x @ w.T)
-
-
-def test_flops_of_products_are_counted():
-    x, w = leaf(2, 5, 24), leaf(16, 24, seed=1)
-    with FlopCounterMode(display=False) as counter:
-        linear(x, w).sum().backward()
-    assert counter.get_total_flops() == 3 * 2 * (2 * 5) * 24 * 16
 
 
 def test_a_sum_made_in_parts_is_the_whole(monkeypatch):

@@ -132,7 +132,7 @@ class ZeroEngine:
         self.data, self.tp, self.pp = (mesh.axis(name) for name in ("data", "tp", "pp"))
         self.named = dict(self.model.named_parameters())
         self.shards = shards(self.model)
-        refuse(self.named, parts)
+        refuse(self.named)
         self.partial = [p for name, p in self.named.items() if self.shards[name].partial]
         self.bf16 = parts.precision.parameters == "bf16"
         exact = {name: p.detach().clone() for name, p in self.named.items()} if self.bf16 else {}
@@ -290,13 +290,10 @@ class ZeroEngine:
         self.engine.destroy()
 
 
-def refuse(named: dict[str, nn.Parameter], parts: Parts) -> None:
+def refuse(named: dict[str, nn.Parameter]) -> None:
     """Raise ConfigError for what ZeRO cannot do right."""
-    problems = []
     if frozen := [name for name, p in named.items() if not p.requires_grad]:
-        problems.append(
+        raise ConfigError(
             f"parameters that are not trained ({', '.join(frozen[:3])}) have no place in DeepSpeed's partitions: "
             "set layout.engine=plain"
         )
-    if problems:
-        raise ConfigError(problems)
