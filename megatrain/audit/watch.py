@@ -7,8 +7,7 @@ mask that is assigned through, an index from the CPU, a copy that blocks.
 import functools
 import traceback
 import weakref
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatrain.audit.allocator import CachingAllocator
 from megatrain.audit.fake_cuda import host_waits
+from megatrain.audit.roofline import H100, Launch, Roofline
 
 aten = torch.ops.aten
 
@@ -30,18 +30,8 @@ NO_KERNEL = {
 }  # fmt: skip
 """Operators that start nothing on the device."""
 
-ADDING = {aten.addmm, aten.addmm_, aten.baddbmm, aten.addmv}
-"""Products whose first operand is what they are added to."""
-
-PRODUCTS = ADDING | {aten.mm, aten.bmm, aten.mv, aten._scaled_mm, aten._grouped_mm}
-
 COPIES = {aten._to_copy, aten.copy_}
 INDEXING = {aten.index, aten.index_put, aten.index_put_}
-
-TENSORS_A_LAUNCH = (110, 64, 48, 36, 30)
-"""Tensors that one launch of a multi-tensor kernel takes, by the number of its lists."""
-
-ELEMENTS_A_CHUNK, CHUNKS_A_LAUNCH = 65536, 320
 
 
 @dataclass(frozen=True)
@@ -57,14 +47,16 @@ class Finding:
 
 @dataclass
 class Costs:
-    """Counts of one watched step, eager: one kernel an operator, each operand read or written once."""
+    """Counts of one watched step: one kernel an operator, each operand read or written once."""
 
     launches: int = 0
     bytes_moved: int = 0
     products: Counter[str] = field(default_factory=Counter)
-    """Matrix products by the format of their first operand."""
+    """Matrix products by the format of their operands."""
     operators: Counter[str] = field(default_factory=Counter)
-    """Launches by operator."""
+    """Launches by operator, and by kernel where code is compiled."""
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """What the launches would take on a card at least, in the same way."""
 
 
 class Watch(TorchDispatchMode):
@@ -72,11 +64,12 @@ class Watch(TorchDispatchMode):
 
     Args:
         late_reads: waits that are no fault, since what they wait for was queued a step ago.
+        roofline: the card that seconds are modelled for.
     """
 
-    def __init__(self, late_reads: int = 0) -> None:
+    def __init__(self, late_reads: int = 0, roofline: Roofline = H100) -> None:
         super().__init__()
-        self.late_reads = late_reads
+        self.late_reads, self.roofline = late_reads, roofline
         self.costs = Costs()
         self.memory = CachingAllocator()
         self.syncs: list[Finding] = []
@@ -135,15 +128,13 @@ class Watch(TorchDispatchMode):
             if "same device" in str(error) or "on the same" in str(error):
                 self.mixes.append(Finding(f"{func}: a CPU tensor in a GPU operator", where()))
             raise
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         if packet in COPIES:
             self._check_copy(packet, args, kwargs, out)
         if packet in INDEXING and args[0].is_cuda:
             self._check_index(func, args[1])
-        self.hold(*outputs)
-        if packet not in NO_KERNEL and not func.is_view and any(t.is_cuda for t in inputs + outputs):
-            self._count(packet, args, inputs, outputs)
+        self.hold(*(t for t in tree_leaves(out) if isinstance(t, Tensor)))
+        if packet not in NO_KERNEL and not func.is_view and (launch := Launch.of(func, args, kwargs, out)) is not None:
+            self._count(launch)
         return out
 
     def _read(self, x: Tensor) -> bool | float | int:
@@ -172,24 +163,14 @@ class Watch(TorchDispatchMode):
             elif not index.is_cuda:
                 self.syncs.append(Finding(f"{func} with an index on the CPU", where()))
 
-    def _count(self, packet: Any, args: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        name = str(packet).removeprefix("aten.")
-        n = _launches(name, args)
-        if packet in PRODUCTS:
-            matrix = args[1] if packet in ADDING else args[0]
-            self.costs.products[str(matrix.dtype).removeprefix("torch.")] += 1
-        self.costs.launches += n
-        self.costs.operators[name] += n
-        self.costs.bytes_moved += sum(t.numel() * t.element_size() for t in (*inputs, *outputs) if t.is_cuda)
-
-
-def _launches(name: str, args: Any) -> int:
-    """Kernels that an operator starts: one, or as many as the tensors of a multi-tensor operator take."""
-    lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)]
-    if not lists or not ("_foreach_" in name or "_fused_" in name):
-        return 1
-    chunks = sum(-(-t.numel() // ELEMENTS_A_CHUNK) for t in lists[0])
-    return max(-(-len(lists[0]) // TENSORS_A_LAUNCH[len(lists) - 1]), -(-chunks // CHUNKS_A_LAUNCH))
+    def _count(self, launch: Launch) -> None:
+        costs = self.costs
+        if launch.format is not None:
+            costs.products[str(launch.format).removeprefix("torch.")] += 1
+        costs.launches += launch.count
+        costs.bytes_moved += launch.moved
+        costs.operators[launch.name] += launch.count
+        costs.seconds[launch.name] += self.roofline.seconds(launch)
 
 
 def where() -> str:

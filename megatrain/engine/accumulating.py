@@ -3,18 +3,22 @@
 Left to itself autograd makes each micro-batch's gradient of a weight in the format of the weight, then casts it and
 adds it to the float32 sum: for bf16 weights on a GPU that is 10 bytes of traffic a parameter and micro-batch, and one
 rounding. A product can add to its result for nothing. So the linears leave their weight gradient to a queue, as they
-do for zero-bubble pipelines, and this queue pays as soon as it is owed. The embedding adds to the rows that were used.
+do for zero-bubble pipelines, and this queue pays as soon as it is owed. The head adds its own on the way forward, the
+embedding to the rows that were used.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatrain.engine.api import Parts
-from megatrain.engine.passes import Passes
+from megatrain.engine.passes import Passes, factor_of
 from megatrain.engine.pipeline import passes_of
+from megatrain.models.decoder import Head
 from megatrain.nn.batch import Batch
+from megatrain.parallel.cross_entropy import AddedAtOnce
 from megatrain.parallel.deferred import DeferredProduct, Owed, WeightGradientQueue, defer_weight_gradients
 from megatrain.parallel.embedding import UsedRows, VocabParallelEmbedding
 
@@ -54,12 +58,21 @@ class AccumulatingPasses(Passes):
     dtype: torch.dtype
     """What products are asked in."""
     _products: list[DeferredProduct] = field(default_factory=list, init=False)
+    _heads: list[AddedAtOnce] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self._products.extend(defer_weight_gradients(self.model, PaidAtOnce())[1])
         for layer in self.model.modules():
             if isinstance(layer, VocabParallelEmbedding):
                 layer.look_up = UsedRows(layer)
+            elif isinstance(layer, Head):
+                layer.loss = AddedAtOnce(layer)
+                self._heads.append(layer.loss)
+
+    def forward_backward(self, batch: Batch, divisor: Tensor, backward: Any = None) -> Tensor:
+        for head in self._heads:
+            head.factor = factor_of(divisor)
+        return super().forward_backward(batch, divisor)
 
     def loss_sum(self, micro: Batch) -> Tensor:
         b, t = micro.own(micro.tokens).shape

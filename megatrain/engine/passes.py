@@ -25,6 +25,11 @@ def mean(total: Tensor, tokens: Tensor) -> Tensor:
     return torch.where(tokens > 0, total / tokens, 0.0)
 
 
+def factor_of(divisor: Tensor) -> Tensor:
+    """What loss sums are multiplied by before their backward: 1 / divisor, and 0 where that is 0."""
+    return mean(torch.ones_like(divisor), divisor)
+
+
 @dataclass(frozen=True)
 class Passes:
     """Runs a model over this rank's rows of global batches."""
@@ -58,7 +63,7 @@ class Passes:
             divisor: scalar on the device; a sum of losses over nothing stays 0 whatever it is.
             backward: called with the divided loss of each micro-batch, and whether it is the last.
         """
-        factor = mean(torch.ones_like(divisor), divisor)
+        factor = factor_of(divisor)
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         remaining = batch.rows
         for micro in batch.split(self.micro_batch):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatrain.engine.api import Parts
-from megatrain.engine.passes import Passes, mean, summed
+from megatrain.engine.passes import Passes, factor_of, summed
 from megatrain.engine.schedules import PipelinePlan
 from megatrain.models.stages import Stages
 from megatrain.nn.batch import Batch
@@ -74,7 +74,7 @@ class PipelinePasses(Passes):
         """
         now = self._now
         now.micro_batches = list(batch.split(self.micro_batch))
-        now.factor = mean(torch.ones_like(divisor), divisor)
+        now.factor = factor_of(divisor)
         now.total = torch.zeros((), dtype=torch.float32, device=self.device)
         self._schedule(now.micro_batches)()
         now.micro_batches = []

@@ -13,6 +13,7 @@ Where the norms stand, and whether the two sublayers read the same input, is all
 from collections.abc import Callable
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from megatrain.nn.attention.layer import SelfAttention
@@ -48,8 +49,17 @@ class PreNormBlock(Block):
     """The residual stream stays untouched."""
 
     def forward(self, x: Tensor, where: Where) -> Tensor:
-        x = x + self.attention_dropout(self.attention(self.attention_norm(x), where), where.noise)
-        return x + self.feed_forward_dropout(self.feed_forward(self.feed_forward_norm(x)), where.noise)
+        x, y = _beside(self.attention_norm, x)
+        x = x + self.attention_dropout(self.attention(y, where), where.noise)
+        x, y = _beside(self.feed_forward_norm, x)
+        return x + self.feed_forward_dropout(self.feed_forward(y), where.noise)
+
+
+def _beside(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` as it goes on, and norm(x); where that is compiled for a GPU, as norms do that have a kernel for it."""
+    if torch.compiler.is_compiling() and x.is_cuda and (beside := getattr(norm, "beside", None)) is not None:
+        return beside(x)
+    return x, norm(x)
 
 
 class PostNormBlock(Block):

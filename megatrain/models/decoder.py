@@ -1,6 +1,7 @@
 """The decoder-only Transformer: embedding, blocks, norm, head (Touvron et al. 2023, arXiv:2302.13971)."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -215,11 +216,12 @@ class Head(nn.Module):
         shard = vocabulary_shard(vocab_size, d_model, tp, normal(init_std))
         self.weight = parameter(shard) if tied is None else tied
         self.first = shard.parts[0].start
+        self.loss: Callable[..., Tensor] = linear_cross_entropy
 
     def forward(self, hidden: Tensor, targets: Tensor, weights: Tensor, n_valid: int) -> Tensor:
         """Sum of weighted token losses of hidden [b, t or t / size, d]."""
         hidden = self.tp.enter(hidden).flatten(0, 1)
-        return linear_cross_entropy(
+        return self.loss(
             hidden,
             self.weight,
             targets.flatten(),
@@ -393,6 +395,7 @@ class DecoderModel(nn.Module):
         return Noise.of(self.seed, batch.step, tokens, batch.tokens.shape[1])
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compile each block's forward; equal blocks share one graph, and hooks of engines stay outside of it."""
-        for block in self.layers.values():
-            block.forward = compiled(block.forward, backend)
+        """Compile the forward of each block and of the last norm; equal blocks share one graph, and hooks of engines
+        stay outside of it."""
+        for part in (*self.layers.values(), *([] if self.norm is None else [self.norm])):
+            part.forward = compiled(part.forward, backend)

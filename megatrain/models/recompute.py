@@ -36,6 +36,8 @@ def recompute(layers: nn.ModuleDict, what: str) -> None:
         if what in (NORMS, ELEMENTWISE):
             for norm in (block.attention_norm, block.feed_forward_norm):
                 norm.forward = _again_if_compiled(norm.forward)
+                if hasattr(norm, "beside"):
+                    norm.beside = _again_if_compiled(norm.beside)
         elif what == SELECTIVE:
             block.attention.forward = _again(block.attention.forward)
         elif recomputes(name, what):

@@ -2,8 +2,9 @@
 
 Rows are taken in chunks. Since the loss is a plain sum, its gradient with respect to the logits of a chunk is known as
 soon as they are: softmax minus one-hot, times the target's weight. So the gradients of hidden states and head are made
-on the way forward, and backward only scales them. Under tensor parallelism each rank holds some columns of the logits,
-and three numbers a token cross ranks: the largest logit, the sum of exponentials, the target's logit.
+on the way forward, and backward only scales them; where the factor is known beforehand, that of the head is added to
+what is there at once (`AddedAtOnce`). Under tensor parallelism each rank holds some columns of the logits, and three
+numbers a token cross ranks: the largest logit, the sum of exponentials, the target's logit.
 """
 
 from typing import Any
@@ -35,6 +36,7 @@ def linear_cross_entropy(
     first: int,
     n_valid: int,
     z_loss: float = 0.0,
+    at_once: "AddedAtOnce | None" = None,
 ) -> Tensor:
     """Sum over tokens of weight x cross-entropy of softmax(hidden W^T), in nats.
 
@@ -49,13 +51,42 @@ def linear_cross_entropy(
         z_loss: gradients are those of the loss and of z_loss x weight x log(sum of exponentials)^2, which keeps logits
             from drifting (Chowdhery et al. 2022, arXiv:2204.02311, section 5). The value is the loss alone, so that
             runs with and without can be compared.
+        at_once: adds the gradient of `weight` to its sum, which autograd is then not told.
 
     Returns:
         float32 scalar.
     """
     n_local = max(0, min(weight.shape[0], n_valid - first))
     rows = chunk_rows(n_valid, axis.size, hidden.device.type)
-    return _LinearCrossEntropy.apply(hidden, weight, targets, weights, axis, first, n_local, rows, z_loss)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, weights, axis, first, n_local, rows, z_loss, at_once)
+
+
+class AddedAtOnce:
+    """A head's loss that adds the gradient of the weight to the sum of those before, in the products that make it.
+
+    Through autograd each micro-batch would have a gradient of its own, as large as the head in float32, that backward
+    scales and then adds: 20 bytes of traffic a parameter. Backward has nothing left to scale here, so `factor` must be
+    what the loss is multiplied by before its backward.
+    """
+
+    factor: Tensor
+
+    def __init__(self, layer: Any):
+        self.layer = layer
+        """Its `weight` is what the gradient is of."""
+
+    def __call__(self, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, **how: Any) -> Tensor:
+        adds = torch.is_grad_enabled() and weight.requires_grad
+        return linear_cross_entropy(hidden, weight, targets, weights, **how, at_once=self if adds else None)
+
+    def total(self) -> Tensor:
+        """The sum that is added to, float32 [v, d]."""
+        weight = self.layer.weight
+        if weight.grad is None:
+            if weight.dtype != torch.float32:
+                weight.grad_dtype = torch.float32
+            weight.grad = torch.zeros_like(weight, dtype=torch.float32)
+        return weight.grad
 
 
 def chunk_rows(n_valid: int, size: int, device: str) -> int:
@@ -86,6 +117,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         n_local: int,
         rows: int,
         z_loss: float,
+        at_once: AddedAtOnce | None,
     ) -> Tensor:
         device = hidden.device.type
         asked = product_format(hidden)
@@ -96,33 +128,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
             head = weight[:n_local].to(asked).to(dtype)
             total = hidden.new_zeros((), dtype=torch.float32)
             grad_hidden = torch.empty_like(hidden) if needs_grad else None
-            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=hidden.device) if needs_grad else None
+            grad_weight, pull = None, weights
+            if at_once is not None:
+                grad_weight, pull = at_once.total(), weights * at_once.factor
+            elif needs_grad:
+                grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=hidden.device)
             for begin in range(0, hidden.shape[0], rows):
                 here = slice(begin, begin + rows)
                 x = hidden[here].to(asked).to(dtype)
-                loss, grad, scale = chunk(x, head, targets[here], weights[here], axis, first, needs_grad, z_loss)
-                total += loss
+                losses, grad, scale = chunk(x, head, targets[here], pull[here], axis, first, needs_grad, z_loss)
+                total += (losses * weights[here]).sum()
                 if grad_hidden is not None and grad_weight is not None:
                     grad_x = grad @ head
                     grad_hidden[here] = grad_x if scale is None else grad_x.mul_(scale)
                     add_product(grad_weight[:n_local], grad, x if scale is None else (x * scale).to(dtype))
                 del grad  # or the next chunk would be made beside it
         if needs_grad:
-            ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.save_for_backward(grad_hidden, None if at_once is not None else grad_weight)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden.mul_(grads[0]), grad_weight.mul_(grads[0]), *[None] * 7
+        if grad_weight is None:  # both are scaled already
+            return grad_hidden, *[None] * 9
+        return grad_hidden.mul_(grads[0]), grad_weight.mul_(grads[0]), *[None] * 8
 
 
 def _chunk(
-    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, axis: Axis, first: int, needs_grad: bool, z_loss: float
+    x: Tensor, head: Tensor, targets: Tensor, pull: Tensor, axis: Axis, first: int, needs_grad: bool, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(weighted loss sum of a chunk, gradient [n, v] with respect to its logits, scale [n, 1] it is yet to be given).
+    """(losses [n] of a chunk; gradient [n, v] of their sum, weighted with `pull`, with respect to its logits; scale
+    [n, 1] that this is yet to be given).
 
-    The scale, weight / sum of exponentials, is left to the much smaller factors of the products that follow.
+    The scale, pull / sum of exponentials, is left to the much smaller factors of the products that follow.
     """
     n, n_local = x.shape[0], head.shape[0]
     logits = x @ head.T
@@ -139,7 +178,7 @@ def _chunk(
         if exponentials is not part:
             part.copy_(exponentials)
     total, hit = _over_ranks(torch.stack([torch.cat(totals), hit]), axis, "sum").unbind()
-    loss = ((total.log() - hit) * weights).sum()
+    losses = total.log() - hit
     of_target = hit.exp()
     if z_loss:  # the gradient of log^2 is twice log times softmax
         more = 1 + 2 * z_loss * (total.log() + top)
@@ -148,31 +187,31 @@ def _chunk(
     if n_local:  # written, not subtracted: what is left of a likely target is smaller than bf16's steps near it
         there = logits.gather(-1, local)[:, 0]
         logits.scatter_(-1, local, torch.where(absent, there, (of_target - total).to(logits.dtype))[:, None])
-    return loss, logits, (weights / total)[:, None]
+    return losses, logits, (pull / total)[:, None]
 
 
 def _chunk_on_gpu(
-    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, axis: Axis, first: int, needs_grad: bool, z_loss: float
+    x: Tensor, head: Tensor, targets: Tensor, pull: Tensor, axis: Axis, first: int, needs_grad: bool, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same by kernels that make the gradient where the logits are, scaled already."""
     from megatrain.parallel import softmax_kernel  # Triton comes with torch for GPUs only
 
     logits = x @ head.T
     if axis.size == 1 and needs_grad and not z_loss:
-        found = softmax_kernel.statistics_and_gradient_(logits, targets, weights)
+        found = softmax_kernel.statistics_and_gradient_(logits, targets, pull)
     else:
         found = _merged(softmax_kernel.statistics(logits, targets, first), axis)
         if needs_grad and z_loss:
             # w (softmax - onehot) + 2 z log w softmax = w (1 + 2 z log) (softmax - onehot) + 2 z log w onehot
-            more = 2 * z_loss * (found[1].log() + found[0]) * weights
-            softmax_kernel.gradient_(logits, targets, weights + more, found, first)
+            more = 2 * z_loss * (found[1].log() + found[0]) * pull
+            softmax_kernel.gradient_(logits, targets, pull + more, found, first)
             absent = (targets < first) | (targets >= first + head.shape[0])
             local = (targets - first).masked_fill(absent, 0)[:, None]
             logits.scatter_add_(-1, local, more.masked_fill(absent, 0.0)[:, None].to(logits.dtype))
         elif needs_grad:
-            softmax_kernel.gradient_(logits, targets, weights, found, first)
+            softmax_kernel.gradient_(logits, targets, pull, found, first)
     top, total, hit = found.unbind()
-    return ((total.log() + top - hit) * weights).sum(), logits, None
+    return total.log() + top - hit, logits, None
 
 
 def _merged(found: Tensor, axis: Axis) -> Tensor:

@@ -4,6 +4,7 @@ python -m tests.gpu_path.step configs/run/llama-124m.yaml [key=value ...] [--pla
 """
 
 import argparse
+import contextlib
 import json
 import warnings
 from collections.abc import Iterator
@@ -15,8 +16,10 @@ fake_cuda.install()  # before torch
 
 import torch  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode, mm_flop  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode, mm_flop  # noqa: E402
 
+from megatrain.audit.compiled import without_kernels  # noqa: E402
+from megatrain.audit.generated import code_for  # noqa: E402
 from megatrain.audit.watch import Watch  # noqa: E402
 from megatrain.base.device import Device  # noqa: E402
 from megatrain.data.manifest import TokenizerEntry  # noqa: E402
@@ -78,7 +81,7 @@ def watched(run: Run, vocab: int, packed: bool, plant: str | None = None) -> dic
     """Costs and findings of the second step of `run` on one card."""
     watch = Watch(late_reads=1)  # of the numbers of the step before
     rows, raised = run.train.global_batch, None
-    with FakeTensorMode(), fake_cuda.card(watch.note_wait):
+    with FakeTensorMode(allow_non_fake_inputs=True), fake_cuda.card(watch.note_wait), compiler(run):
         trainer = trainer_of(run, vocab, packed)
         engine: Any = trainer.engine
         with Watch():
@@ -112,6 +115,16 @@ def watched(run: Run, vocab: int, packed: bool, plant: str | None = None) -> dic
     }
 
 
+@contextlib.contextmanager
+def compiler(run: Run) -> Iterator[None]:
+    """Where blocks are compiled, let Inductor's code for the card run without its kernels."""
+    if not run.layout.compile:
+        yield
+        return
+    with code_for(), without_kernels():
+        yield
+
+
 def trainer_of(run: Run, vocab: int, packed: bool, mesh: Mesh | None = None) -> Trainer:
     """The run's own loop around its own engine on a fake card, fed with batches without values."""
     mesh = mesh or Mesh.of().at(0)
@@ -137,6 +150,7 @@ def addmm_flop(total: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
 
 def flops_of(trainer: Trainer) -> dict[str, int]:
     """FLOPs of one more step by operator. Apart from the watched step, since the counter keeps tensors alive."""
+    _FlopCounterMode.ignore_compile_internals = classmethod(lambda cls: True)  # or compiled code would not run as such
     with Watch(), FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm: addmm_flop}) as counter:
         trainer.step()
     return {str(op).removeprefix("aten."): n for op, n in counter.get_flop_counts()["Global"].items()}

@@ -28,6 +28,8 @@ STEPS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "gpu-0.5b": (["bench/gpu-0.5b"], SMALL),
     "gpu-1b": (["bench/gpu-1b"], ("--vocab", "128256")),
     "gpu-8b-6l": (["bench/gpu-8b-6l"], ("--vocab", "128256")),
+    "gpu-1b compiled": (["bench/gpu-1b"], ("layout.compile=true", "train.global_batch=8", "--vocab", "128256")),
+    "gpu-8b-6l compiled": (["bench/gpu-8b-6l"], ("layout.compile=true", "--vocab", "128256")),
     "llama-8b": (["run/llama-124m", "model/llama-8b"], (*SMALL, "data.seq_len=8192")),
 }
 """Name -> configurations, later over earlier, and what is changed in them: one card, and few micro-batches."""
@@ -125,7 +127,7 @@ def test_the_compiler_writes_few_kernels_for_a_block() -> None:
     generated = block("none", "--generated")["generated"]
     forward, backward = (list(generated[name]) for name in ("forward", "backward"))
     assert sum(generated["forward"].values()) <= 11
-    assert sum(generated["backward"].values()) <= 15
+    assert sum(generated["backward"].values()) <= 17  # each norm's gain: its shares are added up in two
     assert (generated["forward"]["mm"], generated["backward"]["mm"]) == (4, 8)
     assert "aten._scaled_dot_product_flash_attention" in forward
     assert "aten._scaled_dot_product_flash_attention_backward" in backward
@@ -135,10 +137,9 @@ def test_recomputing_elementwise_does_no_product_again() -> None:
     assert block("elementwise")["products_again"] == block("norms", "--generated")["products_again"] == 0
 
 
-def test_recomputing_norms_costs_a_block_one_launch() -> None:
-    """What a norm gives is made again beside its gradient, from what that kernel reads anyway."""
+def test_recomputing_norms_costs_a_block_a_launch_for_each() -> None:
     kept, again = (sum(block(what, "--generated")["generated"]["backward"].values()) for what in ("none", "norms"))
-    assert again <= kept + 1
+    assert again <= kept + 2
 
 
 @functools.cache

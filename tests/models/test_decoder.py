@@ -260,7 +260,7 @@ def test_compiled_blocks_give_the_same_gradients_and_share_one_graph():
             model(given)[0].backward()
         for (name, p), q in zip(plain.named_parameters(), fast.parameters(), strict=True):
             assert error(q.grad, p.grad) < 1e-5, name
-    assert counter.frame_count == 1
+    assert counter.frame_count == 2  # the other is the last norm's
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 
 def by_head(weights: dict[tuple[str, int], Tensor], shape: Shape) -> None:
-    """Add "qkv": the rows of q, k and v of the first head, then of the second, and so on."""
+    """Add "qkv": the rows of q, k and v of the first head of keys, then of the second, and so on."""
     for i in range(shape.n_layers):
-        parts = [weights[part, i].view(shape.n_heads, -1, shape.d_model) for part in "qkv"]
+        parts = [weights[part, i].view(shape.kv_heads, -1, shape.d_model) for part in "qkv"]
         weights["qkv", i] = torch.cat(parts, 1).reshape(-1, shape.d_model)
 
 
@@ -30,7 +30,6 @@ def torchtitan(shape: Shape, bf16: bool, compiled: bool) -> Step:
     from torchtitan.models.common.attention import ScaledDotProductAttention
 
     s, library = shape, vars(llama3)
-    head = s.d_model // s.n_heads
     library["get_attention_config"] = lambda _: ScaledDotProductAttention.Config()  # its configs always mask documents
     model = llama3.Llama3Model.Config(
         dim=s.d_model,
@@ -47,9 +46,9 @@ def torchtitan(shape: Shape, bf16: bool, compiled: bool) -> Step:
             n_layers=s.n_layers,
             dim=s.d_model,
             n_heads=s.n_heads,
-            n_kv_heads=s.n_heads,
+            n_kv_heads=s.kv_heads,
             hidden_dim=s.d_ff,
-            rope=ComplexRoPE.Config(dim=head, max_seq_len=s.seq_len, theta=THETA),
+            rope=ComplexRoPE.Config(dim=s.head_dim, max_seq_len=s.seq_len, theta=THETA),
             attn_backend="sdpa",
         ),
     ).build()
@@ -58,7 +57,7 @@ def torchtitan(shape: Shape, bf16: bool, compiled: bool) -> Step:
     weights = weights_of(s)
     for i in range(s.n_layers):
         for part in "qk":  # it rotates neighbours where we rotate halves
-            rows = weights[part, i].view(s.n_heads, 2, head // 2, s.d_model)
+            rows = weights[part, i].view(-1, 2, s.head_dim // 2, s.d_model)
             weights[part, i] = rows.transpose(1, 2).reshape(-1, s.d_model)
     by_head(weights, s)
     fill(
@@ -83,7 +82,7 @@ def torchtitan(shape: Shape, bf16: bool, compiled: bool) -> Step:
             block.compile(fullgraph=True)
         loss = torch.compile(loss)
     tokens, targets = s.rows()
-    return by_hand(model, lambda: loss(model(tokens), targets) / targets.numel(), bf16)
+    return by_hand(model, lambda: loss(model(tokens), targets) / targets.numel(), bf16, s.micro_batches, masters=True)
 
 
 def litgpt(shape: Shape, bf16: bool, compiled: bool) -> Step:
@@ -99,7 +98,7 @@ def litgpt(shape: Shape, bf16: bool, compiled: bool) -> Step:
             padded_vocab_size=s.vocab_size,
             n_layer=s.n_layers,
             n_head=s.n_heads,
-            n_query_groups=s.n_heads,
+            n_query_groups=s.kv_heads,
             n_embd=s.d_model,
             intermediate_size=s.d_ff,
             rotary_percentage=1.0,
@@ -133,7 +132,7 @@ def litgpt(shape: Shape, bf16: bool, compiled: bool) -> Step:
     )
     tokens, targets = s.rows()
     run = torch.compile(model) if compiled else model
-    return by_hand(model, lambda: chunked_cross_entropy(run(tokens), targets, chunk_size=0), bf16)
+    return by_hand(model, lambda: chunked_cross_entropy(run(tokens), targets, chunk_size=0), bf16, s.micro_batches)
 
 
 def olmo_core(shape: Shape, bf16: bool, compiled: bool) -> Step:
@@ -146,12 +145,12 @@ def olmo_core(shape: Shape, bf16: bool, compiled: bool) -> Step:
         vocab_size=s.vocab_size,
         n_layers=s.n_layers,
         n_heads=s.n_heads,
-        n_kv_heads=s.n_heads,
+        n_kv_heads=s.kv_heads,
         rope_theta=int(THETA),
         layer_norm_eps=EPS,
         feed_forward=FeedForwardConfig(hidden_size=s.d_ff, bias=False),
         fused_ops=False,
-    ).build(init_device="cpu")
+    ).build(init_device=torch.get_default_device().type)
     fill(
         model,
         weights_of(s),
@@ -173,7 +172,7 @@ def olmo_core(shape: Shape, bf16: bool, compiled: bool) -> Step:
     if compiled:
         model.apply_compile()
     tokens, targets = s.rows()
-    return by_hand(model, lambda: model(tokens, labels=targets).loss, bf16)
+    return by_hand(model, lambda: model(tokens, labels=targets).loss, bf16, s.micro_batches, masters=True)
 
 
 def megatron_core(shape: Shape, bf16: bool, compiled: bool) -> Step:
@@ -191,6 +190,7 @@ def megatron_core(shape: Shape, bf16: bool, compiled: bool) -> Step:
         num_layers=s.n_layers,
         hidden_size=s.d_model,
         num_attention_heads=s.n_heads,
+        num_query_groups=s.kv_heads,
         ffn_hidden_size=s.d_ff,
         gated_linear_unit=True,
         activation_func=nn.functional.silu,
@@ -239,7 +239,7 @@ def megatron_core(shape: Shape, bf16: bool, compiled: bool) -> Step:
     positions = torch.arange(s.seq_len).expand_as(tokens)
     mask = torch.ones(1, 1, s.seq_len, s.seq_len, dtype=torch.bool).triu(1)
     run = torch.compile(model) if compiled else model
-    step = by_hand(model, lambda: run(tokens, positions, mask, labels=targets).float().mean(), bf16)
+    step = by_hand(model, lambda: run(tokens, positions, mask, labels=targets).float().mean(), bf16, s.micro_batches)
     if not bf16:
         return step
 
@@ -248,7 +248,7 @@ def megatron_core(shape: Shape, bf16: bool, compiled: bool) -> Step:
         with torch.autocast("cpu", torch.bfloat16):
             return step()
 
-    return all_under_autocast
+    return Step(all_under_autocast, step.kept)
 
 
 def _without_its_card() -> None:

@@ -16,7 +16,7 @@ import libraries
 import torch
 import torch.nn.functional as F
 from products import products
-from recipe import BETAS, CLIP, EPS, LR, THETA, WEIGHT_DECAY, Shape, Step, by_hand, decoder, fill, weights_of
+from recipe import BETAS, CLIP, EPS, LR, SHAPES, THETA, WEIGHT_DECAY, Shape, Step, by_hand, decoder, fill, weights_of
 
 from megatrain.base.device import Device
 from megatrain.engine.api import ENGINE, Parts, Precision
@@ -29,19 +29,25 @@ from megatrain.parallel.mesh import Mesh
 
 def megatrain(shape: Shape, bf16: bool, compiled: bool) -> Step:
     """The decoder under the plain engine, as `megatrain train` runs it on one rank."""
-    Device("cpu").use()
+    device = Device(torch.get_default_device().type)
+    device.use()
     model = decoder(shape)
     if compiled:
         model.compile_blocks()  # type: ignore[operator]
     optimizer = AdamW(lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, clip=CLIP)
-    precision = Precision(compute="bf16" if bf16 else "fp32")
-    engine = ENGINE["plain"]().build(Parts(model, optimizer, Mesh(), Device("cpu"), precision, shape.batch, 0))
-    tokens, targets = shape.rows()
+    masters = bf16 and device.torch.type == "cuda"
+    precision = Precision(compute="bf16" if bf16 else "fp32", parameters="bf16" if masters else "fp32")
+    engine = ENGINE["plain"]().build(Parts(model, optimizer, Mesh(), device, precision, shape.batch, 0))
+    tokens, targets = (rows.repeat(shape.micro_batches, 1) for rows in shape.rows())
     positions = torch.arange(shape.seq_len).expand_as(tokens)
     batch = Batch(
         tokens, targets, torch.ones(tokens.shape), positions, torch.zeros_like(tokens).int(), most_documents=1
     )
-    return lambda: float(engine.step(batch, LR).loss)
+
+    def kept() -> list[torch.Tensor]:
+        return [*model.parameters(), *model.buffers(), *(part.values for part in engine.slices())]
+
+    return Step(lambda: float(engine.step(batch, LR).loss), kept)
 
 
 def plain(shape: Shape, bf16: bool, compiled: bool) -> Step:
@@ -51,7 +57,7 @@ def plain(shape: Shape, bf16: bool, compiled: bool) -> Step:
     model.load_state_dict(decoder(shape).state_dict())
     tokens, targets = shape.rows()
     loss = torch.compile(model) if compiled else model
-    return by_hand(model, lambda: loss(tokens, targets), bf16)
+    return by_hand(model, lambda: loss(tokens, targets), bf16, shape.micro_batches)
 
 
 def transformers(shape: Shape, bf16: bool, compiled: bool) -> Step:
@@ -63,6 +69,7 @@ def transformers(shape: Shape, bf16: bool, compiled: bool) -> Step:
         intermediate_size=s.d_ff,
         num_hidden_layers=s.n_layers,
         num_attention_heads=s.n_heads,
+        num_key_value_heads=s.kv_heads,
         vocab_size=s.vocab_size,
         max_position_embeddings=s.seq_len,
         rms_norm_eps=EPS,
@@ -92,7 +99,9 @@ def transformers(shape: Shape, bf16: bool, compiled: bool) -> Step:
     )
     tokens, targets = shape.rows()
     run = torch.compile(model) if compiled else model
-    return by_hand(model, lambda: run(input_ids=tokens, labels=targets, shift_labels=targets).loss, bf16)
+    return by_hand(
+        model, lambda: run(input_ids=tokens, labels=targets, shift_labels=targets).loss, bf16, s.micro_batches
+    )
 
 
 BOUND = "products"
@@ -126,26 +135,35 @@ def installed() -> list[str]:
 # ------------------------------------------------------------------------------------------------ one process
 
 
-def serve(peer: str, shape: Shape, precision: str, compiled: bool, threads: int, warmup: int) -> None:
+def serve(peer: str, shape: Shape, device: str, precision: str, compiled: bool, threads: int, warmup: int) -> None:
     """Take a step for each line of standard input and answer with its cost, as JSON lines."""
     torch.set_num_threads(threads)
     if peer == "transformers":
         import transformers as _  # what importing costs is no peer's training memory
     F.silu(torch.ones(1))
-    before = resident()
-    step = PEERS[peer](shape, precision == "bf16", compiled)
+    before = resident(device)
+    with torch.device(device):
+        step = PEERS[peer](shape, precision == "bf16", compiled)
     losses = [step() for _ in range(warmup)]
     print(json.dumps({"ready": True, "losses": losses}), flush=True)
     for _ in sys.stdin:
         cpu, wall = time.process_time(), time.perf_counter()
         loss = step()
         answer = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall, "loss": loss}
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps(answer | {"peak_bytes": peak - before}), flush=True)
+        print(json.dumps(answer | {"peak_bytes": most_memory(device) - before}), flush=True)
 
 
-def resident() -> int:
+def most_memory(device: str) -> int:
+    """Bytes that this process had at most: on a card those of its tensors."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident(device: str) -> int:
     """Bytes of this process that are in memory now."""
+    if device == "cuda":
+        return torch.cuda.memory_allocated()
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 
@@ -154,9 +172,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("peer", choices=sorted(PEERS))
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--batch", type=int, default=Shape.batch)
+    parser.add_argument("--shape", choices=SHAPES, default="cpu-tiny")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--warmup", type=int, default=2)
     a = parser.parse_args()
-    serve(a.peer, Shape(batch=a.batch), a.precision, a.compile, a.threads, a.warmup)
+    serve(a.peer, SHAPES[a.shape], a.device, a.precision, a.compile, a.threads, a.warmup)

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    def __init__(self, d_model: int, n_heads: int):
+    def __init__(self, d_model: int, head_dim: int, widths: tuple[int, int, int]):
         super().__init__()
-        self.n_heads = n_heads
-        self.to_qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.head_dim, self.widths = head_dim, widths
+        self.to_qkv = nn.Linear(d_model, sum(widths), bias=False)
         self.to_out = nn.Linear(d_model, d_model, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for y in self.to_qkv(x).chunk(3, -1))
-        y = F.scaled_dot_product_attention(
-            turned(q, cos, sin).to(v.dtype), turned(k, cos, sin).to(v.dtype), v, is_causal=True
-        )
+        heads = (y.unflatten(-1, (-1, self.head_dim)) for y in self.to_qkv(x).split(self.widths, -1))
+        q, k, v = (y.transpose(1, 2) for y in heads)
+        q, k = turned(q, cos, sin).to(v.dtype), turned(k, cos, sin).to(v.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
         return self.to_out(y.transpose(1, 2).flatten(2))
 
 
@@ -42,12 +42,13 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, d_model: int, n_heads: int, d_ff: int, eps: float):
+    def __init__(self, shape: Any, eps: float):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(d_model, eps)
-        self.attention = Attention(d_model, n_heads)
-        self.feed_forward_norm = nn.RMSNorm(d_model, eps)
-        self.feed_forward = FeedForward(d_model, d_ff)
+        s = shape
+        self.attention_norm = nn.RMSNorm(s.d_model, eps)
+        self.attention = Attention(s.d_model, s.head_dim, s.widths)
+        self.feed_forward_norm = nn.RMSNorm(s.d_model, eps)
+        self.feed_forward = FeedForward(s.d_model, s.d_ff)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin)
@@ -61,11 +62,10 @@ class PlainLlama(nn.Module):
         super().__init__()
         s = shape
         self.embedding = nn.Embedding(s.vocab_size, s.d_model)
-        self.layers = nn.ModuleList(Block(s.d_model, s.n_heads, s.d_ff, eps) for _ in range(s.n_layers))
+        self.layers = nn.ModuleList(Block(s, eps) for _ in range(s.n_layers))
         self.norm = nn.RMSNorm(s.d_model, eps)
         self.head = nn.Linear(s.d_model, s.vocab_size, bias=False)
-        head_dim = s.d_model // s.n_heads
-        rates = theta ** -(torch.arange(0, head_dim, 2) / head_dim)
+        rates = theta ** -(torch.arange(0, s.head_dim, 2) / s.head_dim)
         angles = torch.outer(torch.arange(s.seq_len), rates).repeat(1, 2)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)

@@ -15,18 +15,21 @@ def products(shape: Shape, bf16: bool, compiled: bool) -> Step:
     """Each product three times (output, gradient of the input, gradient of the weight), each attention both ways."""
     s = shape
     # A CPU without bf16 products multiplies the rounded operands as float32 numbers.
-    dtype = torch.bfloat16 if bf16 and CPU_MULTIPLIES_BF16 else torch.float32
-    inner = [(s.d_model, 3 * s.d_model), (s.d_model, s.d_model), (s.d_model, 2 * s.d_ff), (s.d_ff, s.d_model)]
+    multiplies = CPU_MULTIPLIES_BF16 or torch.get_default_device().type == "cuda"
+    dtype = torch.bfloat16 if bf16 and multiplies else torch.float32
+    inner = [(s.d_model, sum(s.widths)), (s.d_model, s.d_model), (s.d_model, 2 * s.d_ff), (s.d_ff, s.d_model)]
     layers = [[_Product(s.tokens, i, o, dtype) for i, o in inner] for _ in range(s.n_layers)]
     head = _Product(s.tokens, s.d_model, s.vocab_size, dtype)
-    width = s.d_model // s.n_heads
-    heads = [torch.randn(s.batch, s.n_heads, s.seq_len, width, dtype=dtype, requires_grad=True) for _ in range(3)]
+    heads = [
+        torch.randn(s.batch, n, s.seq_len, s.head_dim, dtype=dtype, requires_grad=True)
+        for n in (s.n_heads, s.kv_heads, s.kv_heads)
+    ]
 
     def step() -> float:
         for layer in layers:
             for product in layer:
                 product.forward()
-            y = F.scaled_dot_product_attention(*heads, is_causal=True)
+            y = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=s.kv_heads != s.n_heads)
             torch.autograd.grad(y, heads, y.detach())
             for product in layer:
                 product.backward()
@@ -34,7 +37,7 @@ def products(shape: Shape, bf16: bool, compiled: bool) -> Step:
         head.backward()
         return 0.0
 
-    return step
+    return Step(step)
 
 
 class _Product:

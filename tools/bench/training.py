@@ -1,9 +1,11 @@
-"""Training speed on CPU beside plain torch and the peers that are installed, in lockstep.
+"""Training speed beside plain torch and the peers that are installed: on CPU in lockstep, on a card in turns.
 
     python tools/bench/training.py --precision fp32 bf16 --cycles 9
     python tools/bench/training.py --peers megatrain plain --json out.jsonl
+    python tools/bench/training.py --device cuda --shape gpu-1b --precision bf16 --launches 3 --cycles 30
 
-A name with `+compile` is the peer under torch.compile.
+A name with `+compile` is the peer under torch.compile. On a CPU costs are CPU time, on a card wall time; there one
+peer has the card for itself at a time, and `--launches` makes them take turns.
 """
 
 import argparse
@@ -17,25 +19,28 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from lockstep import HERE, Peer, Quartiles, run, speed_ratio
 from peers import BOUND, PEERS, installed
-from recipe import Shape
+from recipe import SHAPES
 
 MODES = ("", "+compile")
 ALL = [name + mode for mode in MODES for name in PEERS if (name, mode) != (BOUND, "+compile")]
 OURS = "megatrain"
 
 
-def measured(names: list[str], precision: str, cycles: int, threads: int, batch: int) -> list[dict[str, Any]]:
+def measured(names: list[str], precision: str, a: argparse.Namespace) -> list[dict[str, Any]]:
     """One launch: every peer started, warmed, stepped in turn. A line for each peer."""
+    if a.device == "cuda" and len(names) > 1:  # two would not fit
+        return [line for name in names for line in measured([name], precision, a)]
     peers = []
     try:
         for name in names:
             peer, _, compiled = name.partition("+")
-            program = [str(HERE / "peers.py"), peer, "--precision", precision]
-            program += ["--threads", str(threads), "--batch", str(batch)]
-            peers.append(Peer.start(name, program + ["--compile"] * bool(compiled), threads))
-        run(peers, cycles)
+            program = [str(HERE / "peers.py"), peer, "--precision", precision, "--threads", str(a.threads)]
+            program += ["--shape", a.shape, "--device", a.device, "--warmup", "10" if a.device == "cuda" else "2"]
+            peers.append(Peer.start(name, program + ["--compile"] * bool(compiled), a.threads))
+        run(peers, a.cycles)
     finally:
         for p in peers:
             p.stop()
@@ -52,15 +57,16 @@ def measured(names: list[str], precision: str, cycles: int, threads: int, batch:
     ]
 
 
-def table(lines: list[dict[str, Any]], tokens: int) -> str:
+def table(lines: list[dict[str, Any]], tokens: int, device: str) -> str:
     """Peers of one precision, the fastest first, with their speed relative to ours of the same mode."""
     costs, peaks, losses = defaultdict(list), defaultdict(list), {}
+    cost, unit = ("wall", "tokens/s") if device == "cuda" else ("cpu", "tokens/CPU-s")
     for line in lines:
-        costs[line["peer"]] += line["cpu"]
+        costs[line["peer"]] += line[cost]
         peaks[line["peer"]].append(line["peak_bytes"])
         losses[line["peer"]] = line["losses"]
     base = "plain" if "plain" in costs else next(iter(costs))
-    rows = [f"{'peer':22s} {'tokens/CPU-s':>12s}  {f'speed / {base}':24s} {'peak MiB':>8s}  loss: first, last"]
+    rows = [f"{'peer':22s} {unit:>12s}  {f'speed / {base}':24s} {'peak MiB':>8s}  loss: first, last"]
     for name in sorted(costs, key=lambda n: -speed_ratio(costs[n], costs[base]).median):
         speed = tokens / Quartiles.of(costs[name]).median
         ratio, mib = speed_ratio(costs[name], costs[base]), max(peaks[name]) / 2**20
@@ -77,21 +83,20 @@ def table(lines: list[dict[str, Any]], tokens: int) -> str:
     return "\n".join(rows)
 
 
-def environment(threads: int, cycles: int, launches: int, batch: int) -> dict[str, Any]:
+def environment(a: argparse.Namespace) -> dict[str, Any]:
     """What the figures depend on."""
-    cpu = next(
-        (r.split(":")[1].strip() for r in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in r), "?"
-    )
+    rows = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((row.split(":")[1].strip() for row in rows if "model name" in row), "?")
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=10"]
     return {
         "date": str(date.today()),
-        "device": f"{cpu} ({platform.machine()})",
-        "threads": threads,
+        "device": torch.cuda.get_device_name() if a.device == "cuda" else f"{cpu} ({platform.machine()})",
+        "threads": a.threads,
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
         "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
-        "shape": asdict(Shape(batch=batch)),
-        "cycles": cycles,
-        "launches": launches,
+        "shape": asdict(SHAPES[a.shape]),
+        "cycles": a.cycles,
+        "launches": a.launches,
     }
 
 
@@ -103,7 +108,8 @@ def main() -> None:
     )
     parser.add_argument("--cycles", type=int, default=9, help="steps, at least two, of each peer in a launch")
     parser.add_argument("--launches", type=int, default=1, help="times that everything is started anew")
-    parser.add_argument("--batch", type=int, default=Shape.batch, help="sequences of a step")
+    parser.add_argument("--shape", choices=SHAPES, default="cpu-tiny")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--json", type=Path, help="file to write the conditions and every step's cost to, a line a peer"
@@ -111,17 +117,16 @@ def main() -> None:
     a = parser.parse_args()
     if absent := sorted(PEERS.keys() - installed()):
         print(f"left out, since they are not installed: {', '.join(absent)}")
-    conditions, lines = environment(a.threads, a.cycles, a.launches, a.batch), []
+    conditions, lines = environment(a), []
     write(a.json, [conditions])
     for precision in a.precision:
         for launch in range(a.launches):
-            costs = measured(a.peers, precision, a.cycles, a.threads, a.batch)
+            costs = measured(a.peers, precision, a)
             lines += [line | {"launch": launch} for line in costs]
             write(a.json, [conditions, *lines])
         print(f"\n{precision}, {conditions['device']}, {a.threads} thread, {a.launches} x {a.cycles} cycles")
-        print(
-            table([line for line in lines if line["precision"] == precision], Shape(batch=a.batch).tokens), flush=True
-        )
+        of_this = [line for line in lines if line["precision"] == precision]
+        print(table(of_this, SHAPES[a.shape].tokens, a.device), flush=True)
 
 
 def write(path: Path | None, lines: list[dict[str, Any]]) -> None:

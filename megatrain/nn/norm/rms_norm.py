@@ -13,6 +13,9 @@ from megatrain.parallel import collectives
 from megatrain.parallel.shard import constant, parameter
 from megatrain.parallel.tensor import TensorParallel
 
+WIDEST = 8192
+"""Channels that the kernel in `rms_kernel` takes."""
+
 
 @NORM.register("rms_norm")
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,12 @@ class RMSNormLayer(nn.Module):
                 return apex.fused_rms_norm_affine(x, gain, x.shape[-1:], self.eps)
         return F.rms_norm(x, x.shape[-1:], gain, self.eps)
 
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`x` as it goes on beside the norm, and what the norm gives: so the gradients of both are made in one."""
+        if not x.is_cuda or x.shape[-1] > WIDEST:
+            return x, self(x)
+        return _Beside.apply(x, self.gain(), self.eps)
+
     def reference(self, x: Tensor) -> Tensor:
         """The paper's equation 4, in float64."""
         y = x.double()
@@ -84,6 +93,25 @@ class CutRMSNorm(nn.Module):
         """The paper's equation 4, in float64, on one rank."""
         y = x.double()
         return y / torch.sqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight.double()
+
+
+class _Beside(torch.autograd.Function):
+    """For the compiler, which makes one kernel of the forward and what stands before it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        y = x.float()
+        rate = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, rate, gain)
+        return x.view_as(x), (y * rate * gain).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        from megatrain.nn.norm import rms_kernel  # Triton comes with torch for GPUs only
+
+        x, rate, gain = ctx.saved_tensors
+        grad_x, grad_gain = rms_kernel.backward(grads[1], x, rate, gain, grads[0])
+        return grad_x, grad_gain.sum(0).to(gain.dtype), None
 
 
 class _FusedOnCPU(torch.autograd.Function):
