@@ -76,7 +76,6 @@ def _answers() -> Iterator[None]:
             (guards, "assert_size_stride", lambda *_: None),
             (guards, "assert_alignment", lambda *_: None),
             (torch._C, "_cuda_getCurrentRawStream", lambda device: 0),
-            (torch.cuda, "_DeviceGuard", lambda device: contextlib.nullcontext()),
             (AsyncCompile, "triton", lambda _, name, source, **__: _Kernel(name, source)),
             (AsyncCompile, "wait", lambda *_: None),
         ):

@@ -136,6 +136,7 @@ def card(note_wait: Callable[[str], Any] = lambda what: None) -> Iterator[None]:
         "Event": lambda *_, **__: torch.Event("cuda"),
         "is_bf16_supported": lambda including_emulation=True: True,
         "empty_cache": lambda: None,
+        "_DeviceGuard": lambda device: contextlib.nullcontext(),
         "get_rng_state": lambda device=None: torch.empty(16, dtype=torch.uint8),
         "set_rng_state": lambda state, device=None: None,
     }
