@@ -73,6 +73,10 @@ class Communication(TorchDispatchMode):
         self.calls: list[tuple[str, str, int]] = []
         """(axis, operation, bytes) in order: ranks of one group whose lists differ wait for each other for ever."""
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # torch.compile would skip every frame while this mode is on
+
     @property
     def traffic(self) -> dict[tuple[str, str], Traffic]:
         """All calls of an axis and operation together."""

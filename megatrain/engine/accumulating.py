@@ -70,17 +70,25 @@ class AccumulatingPasses(Passes):
                 self._heads.append(layer.loss)
 
     def forward_backward(self, batch: Batch, divisor: Tensor, backward: Any = None) -> Tensor:
+        """As `Passes` do it; a `backward` of one's own is refused, since the head's gradient is there before it."""
+        if backward is not None:
+            raise TypeError("weight gradients that are added up in their product take no backward of one's own")
         for head in self._heads:
             head.factor = factor_of(divisor)
-        return super().forward_backward(batch, divisor)
+        try:
+            return super().forward_backward(batch, divisor)
+        finally:
+            self._leave_to_autograd()
+
+    def _leave_to_autograd(self) -> None:
+        """What runs outside of a step has the gradients it always has."""
+        for head in self._heads:
+            head.factor = None
+        for product in self._products:
+            product.untap()
 
     def loss_sum(self, micro: Batch) -> Tensor:
         b, t = micro.own(micro.tokens).shape
         for product in self._products:
             product.tap(b, t, self.dtype, self.device)
         return super().loss_sum(micro)
-
-    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        for product in self._products:
-            product.untap()
-        return super().evaluate(batch)

@@ -398,4 +398,4 @@ class DecoderModel(nn.Module):
         """Compile the forward of each block and of the last norm; equal blocks share one graph, and hooks of engines
         stay outside of it."""
         for part in (*self.layers.values(), *([] if self.norm is None else [self.norm])):
-            part.forward = compiled(part.forward, backend)
+            part.forward = compiled(part, backend)

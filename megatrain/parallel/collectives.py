@@ -127,3 +127,22 @@ def wait(x: Tensor) -> Tensor:
 def own_rows(x: Tensor, axis: Axis) -> Tensor:
     """This rank's rows of the sequence [b, t, ...] -> [b, t / size, ...]; no gradient crosses ranks."""
     return x if axis.size == 1 else x.chunk(axis.size, SEQUENCE)[axis.rank].contiguous()
+
+
+def in_backward(x: Tensor, grad: Tensor) -> Tensor:
+    """`x`, to be sent in backward as it was in forward.
+
+    Of two equal calls the compiler makes one, and keeps what all ranks have brought until backward. So where it
+    compiles this is a copy that it cannot make before `grad`, the gradient that backward is given.
+    """
+    return _not_before(x, grad) if torch.compiler.is_compiling() else x
+
+
+@torch.library.custom_op("megatrain::not_before", mutates_args=())
+def _not_before(x: Tensor, other: Tensor) -> Tensor:
+    return x.clone()
+
+
+@_not_before.register_fake
+def _(x: Tensor, other: Tensor) -> Tensor:
+    return x.clone()

@@ -65,19 +65,22 @@ class AddedAtOnce:
     """A head's loss that adds the gradient of the weight to the sum of those before, in the products that make it.
 
     Through autograd each micro-batch would have a gradient of its own, as large as the head in float32, that backward
-    scales and then adds: 20 bytes of traffic a parameter. Backward has nothing left to scale here, so `factor` must be
-    what the loss is multiplied by before its backward.
+    scales and then adds: 20 bytes of traffic a parameter. Backward has nothing left to scale here.
     """
-
-    factor: Tensor
 
     def __init__(self, layer: Any):
         self.layer = layer
         """Its `weight` is what the gradient is of."""
+        self.factor: Tensor | None = None
+        """What the loss is multiplied by before its backward; where that is not known, autograd does its part."""
 
     def __call__(self, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, **how: Any) -> Tensor:
-        adds = torch.is_grad_enabled() and weight.requires_grad
+        adds = self.factor is not None and torch.is_grad_enabled() and weight.requires_grad
         return linear_cross_entropy(hidden, weight, targets, weights, **how, at_once=self if adds else None)
+
+    def scaled(self, weights: Tensor) -> Tensor:
+        assert self.factor is not None
+        return weights * self.factor
 
     def total(self) -> Tensor:
         """The sum that is added to, float32 [v, d]."""
@@ -130,7 +133,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = torch.empty_like(hidden) if needs_grad else None
             grad_weight, pull = None, weights
             if at_once is not None:
-                grad_weight, pull = at_once.total(), weights * at_once.factor
+                grad_weight, pull = at_once.total(), at_once.scaled(weights)
             elif needs_grad:
                 grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=hidden.device)
             for begin in range(0, hidden.shape[0], rows):

@@ -100,7 +100,7 @@ class DeferredProduct:
         self.taps = None
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.taps is None:
+        if self.taps is None or not weight.requires_grad:
             return linear(x, weight, bias)
         return _Deferred.apply(x, weight, bias, *self.taps)
 

@@ -44,7 +44,9 @@ class _ColumnLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (kept, weight), grad, tp = ctx.saved_tensors, grads[0], ctx.tp
         x_format, bias_format = ctx.formats
-        coming = collectives.start_all_gather(kept, tp.axis) if tp.cuts_sequence else kept
+        coming = kept
+        if tp.cuts_sequence:
+            coming = collectives.start_all_gather(collectives.in_backward(kept, grad), tp.axis)
         grad_x = (grad @ weight.to(grad.dtype)).to(x_format)
         start_sum = collectives.start_reduce_scatter if tp.cuts_sequence else collectives.start_all_reduce
         leaving = start_sum(grad_x, tp.axis)

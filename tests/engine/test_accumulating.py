@@ -75,6 +75,26 @@ def test_the_heads_gradient_is_added_to_one_sum_and_is_autograds(tied: bool, z_l
         torch.testing.assert_close(found[0][name], gradient, rtol=1e-5, atol=1e-7)
 
 
+def test_losses_outside_of_a_step_and_frozen_weights_are_autograds() -> None:
+    model = MODEL.build(n_valid=VOCABULARY, seq_len=SEQ_LEN)
+    initialise(model, seed=3)
+    passes = AccumulatingPasses(model=model, data=ALONE, micro_batch=2, device=CPU, dtype=torch.float32)
+    batch = toy_batch(0, 4)
+    frozen = model.layers["0"].attention.to_qkv.weight.requires_grad_(False)
+    passes.forward_backward(batch, passes.global_tokens(batch))
+    assert frozen.grad is None
+    model.zero_grad()
+    model(batch)[0]  # of which nobody asks the gradient
+    assert model.head.weight.grad is None
+    (model(batch)[0] * 5).backward()
+    once = model.head.weight.grad.clone()
+    model.zero_grad()
+    model(batch)[0].backward()
+    torch.testing.assert_close(once, 5 * model.head.weight.grad)
+    with pytest.raises(TypeError, match="no backward of one's own"):
+        passes.forward_backward(batch, passes.global_tokens(batch), lambda loss, last: loss.backward())
+
+
 @pytest.mark.parametrize("rows", [[5], [3, 3, 3], [0, 7, 0, 2, 7, 7, 1], list(range(8)) * 3], ids=str)
 def test_rows_that_were_used_are_added_to_and_no_others(rows: list[int]) -> None:
     before, values = torch.randn(8, 4), torch.randn(len(rows), 4)

@@ -23,7 +23,7 @@ from megatrain.audit.communication import Communication, group_names  # noqa: E4
 from megatrain.audit.watch import Watch  # noqa: E402
 from megatrain.engine.traffic import StepShape, step_traffic  # noqa: E402
 from megatrain.train.config import Run, read_run  # noqa: E402
-from tests.gpu_path.step import trainer_of  # noqa: E402
+from tests.gpu_path.step import compiler, trainer_of  # noqa: E402
 
 BFLOAT16 = 2
 _from_group = DeviceMesh.from_group
@@ -48,7 +48,8 @@ def played(run: Run, world: int, rank: int, vocab: int) -> dict[str, Any]:
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     mesh = run.layout.mesh(world).at(rank).connect()
     watch = Watch(late_reads=1)
-    with FakeTensorMode(), fake_cuda.card(watch.note_wait), mock.patch.object(DeviceMesh, "from_group", mesh_of_group):
+    fake, card = FakeTensorMode(allow_non_fake_inputs=True), fake_cuda.card(watch.note_wait)
+    with fake, card, compiler(run), mock.patch.object(DeviceMesh, "from_group", mesh_of_group):
         trainer = trainer_of(run, vocab, packed=False, mesh=mesh)
         with Watch():  # the first step makes the optimiser's state, and a pipeline's buffers
             trainer.step()

@@ -29,10 +29,17 @@ RANKS = (0, 7, 120, STAGE, 2 * STAGE, 3 * STAGE)
 @functools.cache
 def played(case: str) -> dict[int, dict[str, Any]]:
     """What each rank of `RANKS` did in its second step."""
-    changes, ranks = (CASES | WHOLE)[case], map(str, RANKS)
-    configs = ["run/llama-124m", "model/llama-8b"]
-    lines = lines_of_run(configs, *MODEL, *changes, "--ranks", *ranks, program="cluster")
-    return {line["rank"]: line for line in lines}
+    return {line["rank"]: line for line in of_ranks(case, RANKS)}
+
+
+def of_rank(case: str, rank: int, *changes: str) -> dict[str, Any]:
+    (line,) = of_ranks(case, (rank,), *changes)
+    return line
+
+
+def of_ranks(case: str, ranks: tuple[int, ...], *changes: str) -> list[dict[str, Any]]:
+    given = (*MODEL, *(CASES | WHOLE)[case], *changes, "--ranks", *map(str, ranks))
+    return lines_of_run(["run/llama-124m", "model/llama-8b"], *given, program="cluster")
 
 
 every_case = pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in WHOLE)])
@@ -70,6 +77,15 @@ def test_what_the_stages_send_is_what_they_receive(case: str) -> None:
     )
     assert sent == received
     assert sent[0] > 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_blocks_call_what_uncompiled_ones_do(case: str) -> None:
+    """Nor do they keep the rows of all ranks until backward, which the compiler would where it saw two equal calls."""
+    compiled, eager = of_rank(case, STAGE, "layout.compile=true"), played(case)[STAGE]
+    assert compiled["counted"] == eager["counted"] == compiled["formula"]
+    assert compiled["syncs"] == compiled["mixes"] == []
+    assert compiled["peak_bytes"] < 0.9 * eager["peak_bytes"]
 
 
 def test_a_middle_stage_sends_what_arithmetic_by_hand_says() -> None:

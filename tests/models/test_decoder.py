@@ -277,6 +277,26 @@ def test_compiled_blocks_compute_in_bf16_too():
         assert error(q.grad, p.grad) < 2e-2, name
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
+def test_blocks_are_compiled_while_gradients_of_another_format_are_there():
+    """A last micro-batch of fewer rows is another graph, and bf16 weights have float32 gradients by then."""
+    plain, fast = model_of(choice()), model_of(choice())
+    for model in (plain, fast):
+        for p in model.parameters():
+            p.data, p.grad_dtype = p.data.bfloat16(), torch.float32
+    fast.compile_blocks(backend="aot_eager")
+    places = []
+    for rows in (2, 1, 2):
+        given = batch(*[(5, 7)] * rows, vocab_size=N_VALID)
+        for model in (plain, fast):
+            model(given)[0].backward()
+        places.append([p.grad.data_ptr() for p in fast.parameters()])
+    assert places[0] == places[1] == places[2]
+    for (name, p), q in zip(plain.named_parameters(), fast.named_parameters(), strict=True):
+        assert q[1].grad.dtype == torch.float32
+        assert error(q[1].grad, p.grad) < 2e-2, name
+
+
 # ------------------------------------------------------------------------------------------------ every combination
 
 

@@ -10,6 +10,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 
+from megatrain.nn.norm import rms_kernel
 from megatrain.nn.norm.rms_norm import _Beside
 
 EPS = 1e-5
@@ -35,6 +36,15 @@ def main() -> None:
         for mine, theirs in zip((y, *found), (exact, *expected), strict=True):
             assert mine.dtype == dtype
             torch.testing.assert_close(mine.double(), theirs, rtol=tolerance, atol=tolerance)
+    strided = torch.randn(3, 16)[:, ::2], torch.rand(1, 3).T, torch.rand(16)[::2]
+    x, rate, gain = strided
+    grad = torch.randn(3, 8)
+    for mine, theirs in zip(
+        rms_kernel.backward(grad, x, rate, gain, grad),
+        rms_kernel.backward(grad, x.contiguous(), rate.contiguous(), gain.contiguous(), grad),
+        strict=True,
+    ):
+        assert torch.equal(mine, theirs)
     print("equal")
 
 

@@ -79,20 +79,21 @@ def audited(name: str, shape_name: str, micro_batches: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    from peers import installed  # and with it torch, which must come second where a card is played
+    from recipe import SHAPES
+
+    names = [name for name in installed() if name not in WITHOUT]
+    everyone = names + [f"{name}+compile" for name in names]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["gpu-1b", "gpu-8b-6l"])
-    parser.add_argument("--peers", nargs="+", help="all that are installed, each with and without +compile, by default")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["gpu-1b", "gpu-8b-6l"])
+    parser.add_argument("--peers", nargs="+", choices=everyone, default=everyone, metavar="PEER")
     parser.add_argument("--json", type=Path, help="file to write a line a peer to")
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     a = parser.parse_args()
-    if a.one:
-        print(json.dumps(audited(a.one[0], a.one[1], int(a.one[2]))))
-        return
     lines: list[dict[str, Any]] = [{"torch": version("torch"), "card": "H100, modelled"}]
     for shape in a.shapes:
         print(f"\n{shape}, bf16: of one micro-batch, and of the second what it adds; tokens/s are modelled")
         print(HEADING)
-        for name in a.peers or everyone():
+        for name in a.peers:
             seen = [in_a_process(name, shape, n) for n in (1, 2)]
             lines += seen
             print(f"{name:22s} {row(*seen)}", flush=True)
@@ -113,14 +114,6 @@ def row(one: dict[str, Any], two: dict[str, Any]) -> str:
     return f"{launches:>13s} {moved:>15s} {one['static_bytes'] / 1e9:8.2f} {peak:>13s} {speeds}"
 
 
-def everyone() -> list[str]:
-    """Names of the peers that are installed, uncompiled and compiled."""
-    from peers import installed
-
-    names = [name for name in installed() if name not in WITHOUT]
-    return names + [f"{name}+compile" for name in names]
-
-
 def in_a_process(name: str, shape: str, micro_batches: int) -> dict[str, Any]:
     """`audited` where nothing has loaded torch yet."""
     program = [sys.executable, str(HERE / "audited.py"), "--one", name, shape, str(micro_batches)]
@@ -132,4 +125,8 @@ def in_a_process(name: str, shape: str, micro_batches: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--one"]:
+        peer, shape, micro_batches = sys.argv[2:]
+        print(json.dumps(audited(peer, shape, int(micro_batches))))
+    else:
+        main()

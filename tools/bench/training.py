@@ -115,6 +115,8 @@ def main() -> None:
         "--json", type=Path, help="file to write the conditions and every step's cost to, a line a peer"
     )
     a = parser.parse_args()
+    if a.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA card here; tools/bench/audited.py counts a step without one")
     if absent := sorted(PEERS.keys() - installed()):
         print(f"left out, since they are not installed: {', '.join(absent)}")
     conditions, lines = environment(a), []

@@ -85,7 +85,11 @@ class PlainEngine:
 
     def _gradients_of(self, batch: Batch, tokens: Tensor) -> Tensor:
         """Leave the gradient of the global mean loss in the parameters; return this rank's loss sum."""
-        loss_sum = self.passes.forward_backward(batch, tokens)
+        try:
+            loss_sum = self.passes.forward_backward(batch, tokens)
+        except BaseException:
+            self.gradients.clear()  # a step that is tried again must not find half of this one
+            raise
         sum_partial(gradients_of(self.partial), self.tp)
         self.passes.sum_tied(gradients_by_name(self.named))
         self.gradients.reduce()

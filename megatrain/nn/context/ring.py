@@ -26,7 +26,7 @@ from torch import Tensor
 from megatrain.nn.attention.kernel import as_products, attend_part, attend_part_backward
 from megatrain.nn.context import CONTEXT
 from megatrain.nn.where import Where
-from megatrain.parallel.collectives import start_shift, wait
+from megatrain.parallel.collectives import in_backward, start_shift, wait
 from megatrain.parallel.mesh import ALONE, Axis, divisors
 
 TIME = 2
@@ -178,7 +178,7 @@ class _RingAttention(torch.autograd.Function):
         q, own, y, lse, *masks = ctx.saved_tensors
         axis = ctx.axis
         grad_q = torch.zeros_like(q, dtype=torch.float32)
-        here, coming = own, own
+        here = coming = in_backward(own, grads[0])
         behind = torch.zeros_like(own, dtype=torch.float32)  # gradients of the keys and values that are `here`
         for i, step in enumerate(steps_of(axis.rank, axis.size)):
             if i + 1 < axis.size:

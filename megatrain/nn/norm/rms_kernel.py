@@ -50,7 +50,7 @@ def backward(grad: Tensor, x: Tensor, rate: Tensor, gain: Tensor, grad_beside: T
         gain: [d].
         grad_beside: [..., d], of x where it goes on beside the norm.
     """
-    grad, x, grad_beside = grad.contiguous(), x.contiguous(), grad_beside.contiguous()
+    grad, x, rate, gain, grad_beside = (t.contiguous() for t in (grad, x, rate, gain, grad_beside))
     d = x.shape[-1]
     n = x.numel() // d
     grad_x, grad_gain = torch.empty_like(x), _shares(x)

@@ -44,7 +44,7 @@ class _GatheredLinear(torch.autograd.Function):
         (kept, weight), recipe, tp, axis = ctx.saved_tensors, ctx.recipe, ctx.tp, ctx.axis
         out, x_format = ctx.formats
         with torch.autocast(kept.device.type, enabled=False):
-            coming = collectives.start_all_gather(kept, tp.axis)
+            coming = collectives.start_all_gather(collectives.in_backward(kept, grads[0]), tp.axis)
             g = grads[0].to(out).flatten(0, -2)
             grad_x = input_gradient(g, weight, recipe, axis, out)
             grad_x = grad_x.unflatten(0, grads[0].shape[:2]).to(x_format)
