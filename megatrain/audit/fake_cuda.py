@@ -97,6 +97,8 @@ def card(note_wait: Callable[[str], Any] = lambda what: None) -> Iterator[None]:
     import torch
     import torch.cuda.amp.common
     import torch.nn.functional as F
+    import torch.utils._foreach_utils as foreach
+    from torch._subclasses.fake_tensor import FakeTensor
 
     real_attention = F.scaled_dot_product_attention
 
@@ -147,6 +149,8 @@ def card(note_wait: Callable[[str], Any] = lambda what: None) -> Iterator[None]:
             (F, "scaled_dot_product_attention", attention),
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),  # autocast would switch itself off
             (torch.Tensor, "record_stream", lambda tensor, stream: None),
+            # what clips gradients and steps optimisers asks whether tensors may be taken many at a time
+            (foreach, "_foreach_supported_types", [*foreach._foreach_supported_types, FakeTensor]),
             (torch.accelerator, "synchronize", waits("torch.accelerator.synchronize()")),  # does nothing otherwise
         ):
             stack.enter_context(mock.patch.object(owner, name, new))

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatrain.engine.api import Parts
 from megatrain.engine.passes import Passes, factor_of
 from megatrain.engine.pipeline import passes_of
+from megatrain.models.block import Block
 from megatrain.models.decoder import Head
 from megatrain.nn.batch import Batch
 from megatrain.parallel.cross_entropy import AddedAtOnce
@@ -57,13 +58,13 @@ class PaidAtOnce(WeightGradientQueue):
 class AccumulatingPasses(Passes):
     dtype: torch.dtype
     """What products are asked in."""
-    _products: list[DeferredProduct] = field(default_factory=list, init=False)
     _heads: list[AddedAtOnce] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        self._products.extend(defer_weight_gradients(self.model, PaidAtOnce())[1])
         for layer in self.model.modules():
-            if isinstance(layer, VocabParallelEmbedding):
+            if isinstance(layer, Block):
+                layer.register_forward_pre_hook(Taps(defer_weight_gradients(layer, PaidAtOnce())[1], self.dtype))
+            elif isinstance(layer, VocabParallelEmbedding):
                 layer.look_up = UsedRows(layer)
             elif isinstance(layer, Head):
                 layer.loss = AddedAtOnce(layer)
@@ -78,17 +79,25 @@ class AccumulatingPasses(Passes):
         try:
             return super().forward_backward(batch, divisor)
         finally:
-            self._leave_to_autograd()
+            for head in self._heads:
+                head.factor = None
 
-    def _leave_to_autograd(self) -> None:
-        """What runs outside of a step has the gradients it always has."""
-        for head in self._heads:
-            head.factor = None
-        for product in self._products:
-            product.untap()
 
-    def loss_sum(self, micro: Batch) -> Tensor:
-        b, t = micro.own(micro.tokens).shape
-        for product in self._products:
-            product.tap(b, t, self.dtype, self.device)
-        return super().loss_sum(micro)
+@dataclass(frozen=True)
+class Taps:
+    """Hook that taps the products of a block just before its forward.
+
+    Of what is ready backward runs first what was made last. So taps that were made for all blocks at once would be paid
+    after all blocks, and every gradient of an output would be kept until then.
+    """
+
+    products: list[DeferredProduct]
+    dtype: torch.dtype
+
+    def __call__(self, block: nn.Module, args: tuple[Tensor, Any]) -> None:
+        b, t, _ = args[0].shape
+        for product in self.products:
+            if torch.is_grad_enabled():
+                product.tap(b, t, self.dtype, args[0].device)
+            else:
+                product.untap()

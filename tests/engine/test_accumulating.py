@@ -1,14 +1,17 @@
 """Weight gradients that are added up in their product are those that autograd adds up."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from megatrain.base.device import Device
-from megatrain.engine.accumulating import AccumulatingPasses, accumulating, plain_passes
+from megatrain.engine.accumulating import AccumulatingPasses, PaidAtOnce, accumulating, plain_passes
 from megatrain.engine.api import Parts, Precision
 from megatrain.engine.passes import Passes
+from megatrain.parallel.deferred import Owed
 from megatrain.parallel.embedding import UsedRows, VocabParallelEmbedding, add_to_rows
 from megatrain.parallel.mesh import ALONE, Mesh
 from megatrain.parallel.shard import constant, initialise
@@ -119,6 +122,37 @@ def test_the_embeddings_gradient_is_never_as_large_as_the_vocabulary_but_once() 
     assert layer.weight.grad[[4, 9, 0], 0].tolist() == [6.0, 3.0, 0.0]
     layer.weight.requires_grad_(False)
     assert not layer(tokens).requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own doing
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_block_is_paid_before_the_backward_of_the_one_below_begins(compiled: bool, monkeypatch: Any) -> None:
+    """Else the inputs and gradients of all products of all blocks would be kept until the end."""
+    model: Any = dataclasses.replace(MODEL, n_layers=3).build(n_valid=VOCABULARY, seq_len=SEQ_LEN)
+    initialise(model, seed=3)
+    events: list[str] = []
+    numbers = {id(layer): name for name, block in model.layers.items() for layer in block.modules()}
+    pay = PaidAtOnce.add
+
+    def paid(queue: PaidAtOnce, owed: Owed) -> None:
+        events.append(f"paid {numbers[id(owed.layer)]}")
+        pay(queue, owed)
+
+    def watched(name: str) -> Callable[..., None]:
+        def watch(block: Any, args: Any, y: torch.Tensor) -> None:
+            y.register_hook(lambda grad: events.append(f"begins {name}"))
+
+        return watch
+
+    monkeypatch.setattr(PaidAtOnce, "add", paid)
+    for name, block in model.layers.items():
+        block.register_forward_hook(watched(name))
+    if compiled:
+        model.compile_blocks("aot_eager")
+    passes = AccumulatingPasses(model=model, data=ALONE, micro_batch=2, device=CPU, dtype=torch.float32)
+    batch = toy_batch(0, 2)
+    passes.forward_backward(batch, passes.global_tokens(batch))
+    assert events == [event for i in "210" for event in (f"begins {i}", *[f"paid {i}"] * 4)]
 
 
 def parts(kind: str, **precision: str) -> Parts:

@@ -79,7 +79,7 @@ def test_what_the_stages_send_is_what_they_receive(case: str) -> None:
     assert sent[0] > 0
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["fsdp2 interleaved", pytest.param("plain 1f1b", marks=pytest.mark.slow)])
 def test_compiled_blocks_call_what_uncompiled_ones_do(case: str) -> None:
     """Nor do they keep the rows of all ranks until backward, which the compiler would where it saw two equal calls."""
     compiled, eager = of_rank(case, STAGE, "layout.compile=true"), played(case)[STAGE]
