@@ -16,7 +16,7 @@ from megatrain.parallel.embedding import UsedRows, VocabParallelEmbedding, add_t
 from megatrain.parallel.mesh import ALONE, Mesh
 from megatrain.parallel.shard import constant, initialise
 from megatrain.parallel.tensor import TensorParallel
-from tests.engine.toy import MODEL, OPTIMIZER, SEQ_LEN, VOCABULARY, toy_batch
+from tests.engine.toy import MODEL, OPTIMIZER, SEQ_LEN, VOCABULARY, floats, toy_batch, toy_engine
 
 CPU = torch.device("cpu")
 
@@ -153,6 +153,26 @@ def test_a_block_is_paid_before_the_backward_of_the_one_below_begins(compiled: b
     batch = toy_batch(0, 2)
     passes.forward_backward(batch, passes.global_tokens(batch))
     assert events == [event for i in "210" for event in (f"begins {i}", *[f"paid {i}"] * 4)]
+
+
+@pytest.mark.parametrize("adds_at_once", [False, True])
+def test_a_step_that_broke_leaves_nothing_to_the_one_after(adds_at_once: bool, monkeypatch: Any) -> None:
+    """The head's gradient is there before backward; another micro-batch's would be in any case."""
+    monkeypatch.setattr("megatrain.engine.accumulating.accumulating", lambda parts: adds_at_once)
+    engines = [toy_engine("plain", 0, Mesh(), micro_batch=2) for _ in range(2)]
+    backward, calls = torch.Tensor.backward, []
+
+    def breaks(loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        calls.append(loss)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        backward(loss, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(torch.Tensor, "backward", breaks)
+        engines[0].step(toy_batch(0, 4), 1e-2)
+    found, expected = (floats(engine.step(toy_batch(1, 4), 1e-2)) for engine in engines)
+    assert found == expected
 
 
 def parts(kind: str, **precision: str) -> Parts:
