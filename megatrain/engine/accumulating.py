@@ -17,7 +17,7 @@ from megatrain.engine.api import Parts
 from megatrain.engine.passes import Passes, factor_of
 from megatrain.engine.pipeline import passes_of
 from megatrain.models.block import Block
-from megatrain.models.decoder import Head
+from megatrain.models.head import Head
 from megatrain.nn.batch import Batch
 from megatrain.parallel.cross_entropy import AddedAtOnce
 from megatrain.parallel.deferred import DeferredProduct, Owed, WeightGradientQueue, defer_weight_gradients

@@ -1,7 +1,6 @@
 """The decoder-only Transformer: embedding, blocks, norm, head (Touvron et al. 2023, arXiv:2302.13971)."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from megatrain.models import MODEL
 from megatrain.models.block import BLOCKS
 from megatrain.models.compiled import compiled
+from megatrain.models.head import Head
 from megatrain.models.stages import Costs, Span
 from megatrain.nn.attention import ATTENTION, AttentionCase
 from megatrain.nn.attention.causal import Causal
@@ -27,11 +27,10 @@ from megatrain.nn.norm.rms_norm import RMSNorm
 from megatrain.nn.position import POSITION
 from megatrain.nn.position.rotary import Rotary
 from megatrain.nn.where import KeyValueCache, Where
-from megatrain.parallel.cross_entropy import linear_cross_entropy
-from megatrain.parallel.embedding import VocabParallelEmbedding, vocabulary_shard
+from megatrain.parallel.embedding import VocabParallelEmbedding
 from megatrain.parallel.mesh import divisors
 from megatrain.parallel.product import linear
-from megatrain.parallel.shard import normal, parameter
+from megatrain.parallel.shard import normal
 from megatrain.parallel.tensor import TensorParallel
 
 
@@ -197,40 +196,6 @@ class Decoder:
         head = 6.0 * self.d_model * n_valid
         layers = self.flops_per_token(n_valid, seq_len).causal - head
         return Costs((layers / self.n_layers,) * self.n_layers, after=head)
-
-
-class Head(nn.Module):
-    """The output projection: rows of [v, d], cut over tensor-parallel ranks; tied, it holds the embedding's weight."""
-
-    def __init__(
-        self,
-        vocab_size: int,
-        d_model: int,
-        tp: TensorParallel,
-        init_std: float,
-        tied: nn.Parameter | None,
-        z_loss: float,
-    ):
-        super().__init__()
-        self.tp, self.z_loss = tp, z_loss
-        shard = vocabulary_shard(vocab_size, d_model, tp, normal(init_std))
-        self.weight = parameter(shard) if tied is None else tied
-        self.first = shard.parts[0].start
-        self.loss: Callable[..., Tensor] = linear_cross_entropy
-
-    def forward(self, hidden: Tensor, targets: Tensor, weights: Tensor, n_valid: int) -> Tensor:
-        """Sum of weighted token losses of hidden [b, t or t / size, d]."""
-        hidden = self.tp.enter(hidden).flatten(0, 1)
-        return self.loss(
-            hidden,
-            self.weight,
-            targets.flatten(),
-            weights.flatten(),
-            axis=self.tp.axis,
-            first=self.first,
-            n_valid=n_valid,
-            z_loss=self.z_loss,
-        )
 
 
 class DecoderModel(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.mesh import Axis
-from megatrain.parallel.product import add_product, by_float32, product_format
+from megatrain.parallel.product import add_product, by_float32, float32_gradient, product_format
 
 CHUNK_BYTES = 8 * 2**20
 """Memory of one chunk of float32 logits: large enough for good products, small beside a model."""
@@ -84,12 +84,7 @@ class AddedAtOnce:
 
     def total(self) -> Tensor:
         """The sum that is added to, float32 [v, d]."""
-        weight = self.layer.weight
-        if weight.grad is None:
-            if weight.dtype != torch.float32:
-                weight.grad_dtype = torch.float32
-            weight.grad = torch.zeros_like(weight, dtype=torch.float32)
-        return weight.grad
+        return float32_gradient(self.layer.weight)
 
 
 def chunk_rows(n_valid: int, size: int, device: str) -> int:

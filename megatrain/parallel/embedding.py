@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatrain.parallel.product import float32_gradient
 from megatrain.parallel.shard import Init, Part, Shard, parameter
 from megatrain.parallel.tensor import TensorParallel
 
@@ -64,11 +65,7 @@ class _UsedRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
         (tokens,), weight = ctx.saved_tensors, ctx.layer.weight
-        if weight.grad is None:
-            if weight.dtype != torch.float32:
-                weight.grad_dtype = torch.float32
-            weight.grad = torch.zeros_like(weight, dtype=torch.float32)
-        add_to_rows(weight.grad, tokens.flatten(), grads[0].flatten(0, -2))
+        add_to_rows(float32_gradient(weight), tokens.flatten(), grads[0].flatten(0, -2))
         return None, None, None
 
 

@@ -70,6 +70,15 @@ def float32_product(grad: Tensor, x: Tensor) -> Tensor:
     return torch.mm(grad.T, x, out_dtype=torch.float32)
 
 
+def float32_gradient(weight: Tensor) -> Tensor:
+    """`weight.grad`, the sum that gradients are added to: float32 whatever the weight is, zeros where it is new."""
+    if weight.grad is None:
+        if weight.dtype != torch.float32:
+            weight.grad_dtype = torch.float32
+        weight.grad = torch.zeros_like(weight, dtype=torch.float32)
+    return weight.grad
+
+
 def _slow(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not CPU_MULTIPLIES_BF16
 

@@ -21,7 +21,6 @@ from megatrain.audit.generated import code_for  # noqa: E402
 from megatrain.audit.roofline import H100  # noqa: E402
 from megatrain.audit.watch import Watch  # noqa: E402
 
-aten = torch.ops.aten
 CARD = dataclasses.replace(H100, shortest=0.0)
 
 

@@ -1,9 +1,5 @@
 """The kernel behind an RMSNorm's gradient on a GPU: the norm's own, and small enough to run without spilling."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,16 +8,14 @@ from megatrain.nn.norm import rms_kernel
 from megatrain.nn.norm.rms_norm import WIDEST, RMSNorm
 from megatrain.parallel.shard import initialise
 from megatrain.parallel.tensor import TensorParallel
+from tests import interpreted
 
 TYPES = {"rate": "*fp32", "grad_gain": "*fp32", "n": "i32", "width": "i32"}
 
 
 def test_the_interpreted_kernel_gives_the_norms_and_the_residuals_gradient() -> None:
     """Against float64: rows that fill no program, channels that fill no block, no rows at all."""
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "tests.nn.interpreted_norm"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "equal", done.stderr[-3000:]
+    interpreted.assert_equal("tests.nn.interpreted_norm")
 
 
 @pytest.mark.parametrize("architecture", SHARED_LIMIT)

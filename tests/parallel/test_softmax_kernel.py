@@ -1,9 +1,5 @@
 """The kernels behind the loss on a GPU: equal to torch's softmax, and small enough to run without spilling."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,6 +7,7 @@ from megatrain.audit.kernels import SHARED_LIMIT, resources
 from megatrain.parallel import softmax_kernel
 from megatrain.parallel.cross_entropy import linear_cross_entropy, reference
 from megatrain.parallel.mesh import ALONE
+from tests import interpreted
 
 KERNELS = {
     "statistics": softmax_kernel.statistics_kernel,
@@ -25,10 +22,7 @@ TYPES = {
 
 def test_interpreted_kernels_give_torchs_loss_and_gradient() -> None:
     """Over block borders, rows of weight 0, logits of 100 and columns that are cut over two ranks."""
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "tests.parallel.interpreted_softmax"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "equal", done.stderr[-3000:]
+    interpreted.assert_equal("tests.parallel.interpreted_softmax")
 
 
 @pytest.mark.parametrize("architecture", SHARED_LIMIT)

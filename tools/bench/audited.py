@@ -24,10 +24,8 @@ HERE = Path(__file__).resolve().parent
 WITHOUT = {"products", "megatron-core"}
 """No trainer, and one whose layers without Transformer Engine are not what it trains with on a card."""
 
-
 MANY = 8
 """Micro-batches that a step is modelled with beside one."""
-
 
 COLUMNS = ("launches", 13), ("GB moved", 15), ("GB kept", 8), ("GB peak", 13), ("tokens/s", 8), (f"{MANY} x", 8)
 HEADING = f"{'peer':22s} " + " ".join(f"{name:>{width}s}" for name, width in COLUMNS)
@@ -51,8 +49,7 @@ def audited(name: str, shape_name: str, micro_batches: int) -> dict[str, Any]:
     shape = dataclasses.replace(SHAPES[shape_name], micro_batches=micro_batches)
     peer, _, compiled = name.partition("+")
     watch = Watch()
-    modes = (FakeTensorMode(allow_non_fake_inputs=True), fake_cuda.card(), code_for(), without_kernels())
-    with modes[0], modes[1], modes[2], modes[3]:
+    with FakeTensorMode(allow_non_fake_inputs=True), fake_cuda.card(), code_for(), without_kernels():
         with torch.device("cuda"), Watch():  # which answers those that read a value as they build
             step = peers.PEERS[peer](shape, True, bool(compiled))
         with Watch():
@@ -81,6 +78,7 @@ def audited(name: str, shape_name: str, micro_batches: int) -> dict[str, Any]:
 def main() -> None:
     from peers import installed  # and with it torch, which must come second where a card is played
     from recipe import SHAPES
+    from training import write
 
     names = [name for name in installed() if name not in WITHOUT]
     everyone = names + [f"{name}+compile" for name in names]
@@ -97,8 +95,7 @@ def main() -> None:
             seen = [in_a_process(name, shape, n) for n in (1, 2)]
             lines += seen
             print(f"{name:22s} {row(*seen)}", flush=True)
-            if a.json:
-                a.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            write(a.json, lines)
 
 
 def row(one: dict[str, Any], two: dict[str, Any]) -> str:

@@ -65,8 +65,11 @@ class RMSNormLayer(nn.Module):
         return F.rms_norm(x, x.shape[-1:], gain, self.eps)
 
     def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`x` as it goes on beside the norm, and what the norm gives: so the gradients of both are made in one."""
-        if not x.is_cuda or x.shape[-1] > WIDEST:
+        """`x` as it goes on beside the norm, and what the norm gives: so the gradients of both are made in one.
+
+        For what is compiled for a GPU.
+        """
+        if x.shape[-1] > WIDEST:
             return x, self(x)
         return _Beside.apply(x, self.gain(), self.eps)
 
