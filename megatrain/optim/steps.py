@@ -7,6 +7,7 @@ once, by `settle`; from then on it can name its state for checkpoints, whatever 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -58,6 +59,9 @@ class Work:
     whole: Whole | None
     vectors: "dict[tuple[str, str], Tensor]"
     """State that all ranks hold alike, by (state, name)."""
+    copies: list[Tensor]
+    """bf16, one for each of the tensors or none: they take the tensors' values after an update, unless it gave them
+    itself and emptied this list."""
 
 
 class Rule(Protocol):
@@ -109,6 +113,7 @@ class Steps(torch.optim.Optimizer):
         self.held: list[Held] = []
         self.whole: Whole | None = None
         self.vectors: dict[tuple[str, str], Tensor] = {}
+        self.copies: Mapping[Tensor, Tensor] = {}
         self.shards: Mapping[str, Shard] = {}
         self.axis = Axis("alone")
 
@@ -117,16 +122,23 @@ class Steps(torch.optim.Optimizer):
         """The rule of each parameter by name."""
         return {name: group["rule"] for group in self.param_groups for name in group["names"]}
 
-    def settle(self, held: Sequence[Held], shards: Mapping[str, Shard], axis: Axis) -> None:
+    def settle(
+        self,
+        held: Sequence[Held],
+        shards: Mapping[str, Shard],
+        axis: Axis,
+        copies: Mapping[Tensor, Tensor] = MappingProxyType({}),
+    ) -> None:
         """Learn what the tensors are of the full parameters, and give each the state it has before its first step.
 
         Args:
             held: what this rank holds, in each of its tensors.
             shards: of all trained parameters, by name.
             axis: ranks that hold parts or copies of these parameters. All of them call this together.
+            copies: what computes with the values of the tensors, in bf16, by tensor: a step changes both.
         """
         rules = self.rules
-        self.held, self.axis = [h for h in held if h.numel], axis
+        self.held, self.axis, self.copies = [h for h in held if h.numel], axis, copies
         self.shards = {name: shard for name, shard in shards.items() if name in rules}
         if any(rule.sees_whole for rule in rules.values()):
             self.whole = Whole(self.held, self.shards, axis)
@@ -153,7 +165,11 @@ class Steps(torch.optim.Optimizer):
             exact = [_exact(p) for p in tensors]
             states = [self.state[p] for p in tensors]
             step = self._facts(group, tensors[0].device)
-            rule.update(Work(group["names"], exact, states, held, step, self.whole, self.vectors))
+            copies = [self.copies[p] for p in tensors if p in self.copies]
+            work = Work(group["names"], exact, states, held, step, self.whole, self.vectors, copies)
+            rule.update(work)
+            if work.copies:
+                torch._foreach_copy_(work.copies, tensors)
             for p, wide, state in zip(tensors, exact, states, strict=True):
                 if wide is not p:
                     p.copy_(round_stochastically(wide, p, state["step"], held_in[id(p)]))

@@ -19,14 +19,14 @@ def kernel_table(run: Run, device: Device) -> dict[str, str]:
     table = {"attention": attention_kernel(run, device)}
     if device.kind == "cuda":
         table["norms"] = "the compiler" if run.layout.compiles(device.kind) else by_apex("fused_layer_norm_cuda")
-        if isinstance(run.optimizer, AdamW):
-            table["optimiser step"] = by_apex("amp_C")
+        if type(run.optimizer) is AdamW:  # those made from it have another step
+            table["optimiser step"] = by_apex("amp_C", "megatrain's Triton kernel")
     return table
 
 
-def by_apex(extension: str) -> str:
+def by_apex(extension: str, otherwise: str = "torch") -> str:
     found = nvidia_apex(extension)
-    return "NVIDIA apex" if found else f"torch, not NVIDIA apex: {found.why_not}"
+    return "NVIDIA apex" if found else f"{otherwise}, not NVIDIA apex: {found.why_not}"
 
 
 def attention_kernel(run: Run, device: Device) -> str:

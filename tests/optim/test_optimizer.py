@@ -47,10 +47,10 @@ def shards_of(named) -> dict[str, Shard]:
     return {n: Shard(tuple(p.shape), normal(1.0), parts=(Part(0, p.shape[0]),)) for n, p in named.items()}
 
 
-def settle(optimizer: Steps, named) -> None:
+def settle(optimizer: Steps, named, copies=None) -> None:
     """As an engine of one rank does."""
     shards = shards_of(named)
-    optimizer.settle([Held(n, p, shards[n], 0, p.numel()) for n, p in named.items()], shards, ALONE)
+    optimizer.settle([Held(n, p, shards[n], 0, p.numel()) for n, p in named.items()], shards, ALONE, copies or {})
 
 
 def settled(choice, named) -> Steps:
@@ -105,19 +105,37 @@ def test_adamw_by_apex_is_adamw_by_torch(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_adamw_on_a_gpu_is_adamw_on_a_cpu_by_apex_or_by_torch():
+def test_adamw_on_a_gpu_is_adamw_on_a_cpu_and_so_are_bf16_copies():
     print(nvidia_apex("amp_C").why_not or "by apex")
     choice = AdamW(lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.2)
     for device in ("cpu", "cuda"):
         named = tensors(device=device)
+        copies = {p: p.detach().bfloat16() for p in named.values()}
         optimizer = choice.build(named)
+        settle(optimizer, named, copies)
         for step in range(1, 6):
             set_gradients(named, step)
             guarded_step(optimizer, ONE.to(device), ZERO.to(device))
         if device == "cpu":
             expected = named
-    for name in named:
-        torch.testing.assert_close(named[name].cpu(), expected[name], rtol=1e-6, atol=1e-7)
+    for name, p in named.items():
+        torch.testing.assert_close(p.cpu(), expected[name], rtol=1e-6, atol=1e-7)
+        assert torch.equal(copies[p], p.bfloat16())
+
+
+@pytest.mark.parametrize("choice", [AdamW(lr=0.1), Lion(lr=0.1)])
+def test_bf16_copies_follow_the_tensors_that_a_step_changes_and_stay_where_it_is_refused(choice):
+    named = tensors()
+    copies = {p: torch.zeros_like(p.detach()).bfloat16() for p in named.values()}
+    optimizer = choice.build(named)
+    settle(optimizer, named, copies)
+    for step, refused in ((1, ZERO), (2, ONE)):
+        set_gradients(named, step)
+        before = {name: p.detach().clone() for name, p in named.items()}
+        guarded_step(optimizer, ONE, refused)
+        for name, p in named.items():
+            assert torch.equal(p, before[name]) == bool(refused)
+            assert torch.equal(copies[p], p.bfloat16())
 
 
 def test_adamw_equals_its_formula_in_float64():

@@ -87,7 +87,7 @@ def _work(choice: AdamW, steps: Steps, p: nn.Parameter, wide: nn.Parameter):
     from megatrain.optim.steps import Step, Work
 
     step = Step(choice.lr, 0.0, torch.ones(()), torch.zeros(()))
-    return Work(["w"], [wide], [steps.state[p]], {}, step, None, {})
+    return Work(["w"], [wide], [steps.state[p]], {}, step, None, {}, [])
 
 
 def test_pure_bf16_follows_float32_where_plain_rounding_stalls():

@@ -55,7 +55,8 @@ class PlainEngine:
             Held(name, master, self.shards[name], 0, master.numel(), counted=self.data.rank == 0)
             for name, master in self.masters.items()
         ]
-        self.optimizer.settle(whole, self.shards, parts.mesh.axis("stage"))
+        self.copies = {self.masters[n]: p.data for n, p in self.named.items()} if parts.precision.masters else {}
+        self.optimizer.settle(whole, self.shards, parts.mesh.axis("stage"), self.copies)
 
     def _gradients(self) -> Gradients:
         return Gradients(list(self.named.values()), self.data)
@@ -79,8 +80,7 @@ class PlainEngine:
         set_lr(self.optimizer, lr)
         with guarded(self.optimizer, clip_divisor(norm, self.parts.optimizer.clip), skipped):
             self.optimizer.step()
-        self._publish()
-        self.gradients.clear()
+        self._clear()
         return StepReport(loss, tokens, norm, skipped, by_parameter)
 
     def _gradients_of(self, batch: Batch, tokens: Tensor) -> Tensor:
@@ -88,19 +88,17 @@ class PlainEngine:
         try:
             loss_sum = self.passes.forward_backward(batch, tokens)
         except BaseException:
-            self.gradients.clear()  # a step that is tried again must not find half of this one
+            self._clear()  # a step that is tried again must not find half of this one
             raise
         sum_partial(gradients_of(self.partial), self.tp)
         self.passes.sum_tied(gradients_by_name(self.named))
         self.gradients.reduce()
         return loss_sum
 
-    def _publish(self) -> None:
-        """Make the model compute with the masters' values."""
-        if self.parts.precision.masters:
-            torch._foreach_copy_([p.data for p in self.named.values()], list(self.masters.values()))
-            for master in self.masters.values():
-                master.grad = None  # it is the parameter's
+    def _clear(self) -> None:
+        self.gradients.clear()
+        for master in self.copies:
+            master.grad = None  # it is the parameter's
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.passes.evaluate(batch)
@@ -118,7 +116,8 @@ class PlainEngine:
     @torch.no_grad()
     def load(self, fill: Callable[[Slice], None], states: Callable[[str], bool] = lambda state: True) -> None:
         load(self._weights(), self.optimizer, fill, states)
-        self._publish()
+        if self.copies:
+            torch._foreach_copy_(list(self.copies.values()), list(self.copies))
 
     def scalars(self) -> dict[str, Any]:
         return {"optimizer_steps": step_count(self.optimizer)}
@@ -127,7 +126,7 @@ class PlainEngine:
         set_step_count(self.optimizer, scalars["optimizer_steps"])
 
     def close(self) -> None:
-        self.gradients.clear()
+        self._clear()
 
 
 def masters_of(model: nn.Module, named: dict[str, nn.Parameter], precision: Precision) -> dict[str, Tensor]:

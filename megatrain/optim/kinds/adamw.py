@@ -15,7 +15,8 @@ from megatrain.optim.steps import Work
 @OPTIMIZER.register("adamw")
 @dataclass(frozen=True, kw_only=True)
 class AdamW(Optimizer):
-    """AdamW in float32, on a GPU by NVIDIA apex's kernel where its CUDA extensions import, else by torch's fused one.
+    """AdamW in float32: on a CPU by torch's kernel, on a GPU by NVIDIA apex's where its CUDA extensions import, else by
+    one of our own, which makes the bf16 weights too.
 
         m <- b1 m + (1 - b1) g          v <- b2 v + (1 - b2) g^2
         w <- w - lr (weight_decay w + (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps))
@@ -38,11 +39,12 @@ class AdamW(Optimizer):
         return ("exp_avg", "exp_avg_sq")
 
     def update(self, work: Work) -> None:
-        apex = nvidia_apex("amp_C") if work.tensors[0].is_cuda else None
-        if apex:
+        if not work.tensors[0].is_cuda:
+            self.update_by_torch(work)
+        elif apex := nvidia_apex("amp_C"):
             self.update_by_apex(work, apex)
         else:
-            self.update_by_torch(work)
+            self.update_by_kernel(work)
 
     def update_by_torch(self, work: Work) -> None:
         adam(
@@ -69,8 +71,7 @@ class AdamW(Optimizer):
         Args:
             kernels: apex's extension `amp_C`.
         """
-        step, counts = work.step, [state["step"] for state in work.states]
-        torch._foreach_add_(counts, step.go)
+        step, count = work.step, _counted(work)
         gradients, averages, squares = _lists(work)
         kernels.multi_tensor_adam_capturable(
             APEX_CHUNK,
@@ -79,18 +80,47 @@ class AdamW(Optimizer):
             torch.full((1,), step.lr, device=step.divisor.device),
             *self.betas,
             self.eps,
-            counts[0].to(torch.int32).view(1),
+            count.to(torch.int32).view(1),
             DECOUPLED,
             True,  # correct the moments' bias
             step.weight_decay,
             step.divisor.reciprocal().view(1),
         )
 
+    def update_by_kernel(self, work: Work) -> None:
+        """The same, in one launch, and with it the copies that the model computes with."""
+        from megatrain.optim import adamw_kernel  # Triton comes with torch for GPUs only
+
+        step, count = work.step, _counted(work)
+        gradients, averages, squares = _lists(work)
+        adamw_kernel.step(
+            work.tensors,
+            gradients,
+            averages,
+            squares,
+            work.copies,
+            count,
+            step.divisor,
+            step.found_inf,
+            step.lr,
+            step.weight_decay,
+            *self.betas,
+            self.eps,
+        )
+        work.copies.clear()
+
 
 APEX_CHUNK = 2048 * 32
 """Elements that a block of the kernel takes, as apex's own optimisers have it."""
 DECOUPLED = 1
 """The kernel's number for weight decay that is no part of the gradient."""
+
+
+def _counted(work: Work) -> Tensor:
+    """The number of this step, after it was counted: that of the first tensor, for kernels that take one for all."""
+    counts = [state["step"] for state in work.states]
+    torch._foreach_add_(counts, work.step.go)
+    return counts[0]
 
 
 def _lists(work: Work) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

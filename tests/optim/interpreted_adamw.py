@@ -1,0 +1,82 @@
+"""The kernel behind AdamW on a GPU, on CPU tensors, in Triton's interpreter. A process of its own: the mode is chosen
+once."""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from megatrain.optim import adamw_kernel
+from megatrain.optim.kinds.adamw import AdamW
+from megatrain.optim.optimizer import guarded
+from megatrain.optim.whole import Held
+from megatrain.parallel.mesh import ALONE
+from megatrain.parallel.shard import Part, Shard, normal
+
+SHAPES = {"a": (3, 5), "none": (0, 4), "tiles": (3, adamw_kernel.TILE), "edge": (adamw_kernel.TILE,), "one": (1,)}
+EPS, DECAY = 1e-8, 0.1
+
+
+class ByKernel(AdamW):
+    def update(self, work):
+        self.update_by_kernel(work)
+
+
+def exact_step(state: dict[str, Tensor], g: Tensor, t: int, lr: float, betas: tuple[float, float]) -> None:
+    """The paper's algorithm 2 in float64, the decay multiplied by the learning rate."""
+    m = state["exp_avg"] = betas[0] * state["exp_avg"] + (1 - betas[0]) * g
+    v = state["exp_avg_sq"] = betas[1] * state["exp_avg_sq"] + (1 - betas[1]) * g * g
+    m, v = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
+    state["weights"] = state["weights"] - lr * (DECAY * state["weights"] + m / (v.sqrt() + EPS))
+
+
+def check(betas: tuple[float, float], *, copying: bool, shifted: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(shape) -> Tensor:
+        flat = torch.randn(1 + torch.Size(shape).numel(), generator=generator)
+        return (flat[1:] if shifted else flat[1:].clone()).view(shape)  # shifted: not at a multiple of 16 bytes
+
+    masters = {name: nn.Parameter(random(shape)) for name, shape in SHAPES.items()}
+    exact = {name: {"weights": p.detach().double(), "exp_avg": 0.0, "exp_avg_sq": 0.0} for name, p in masters.items()}
+    copies = {p: p.detach().bfloat16() for p in masters.values()} if copying else {}
+    shards = {n: Shard(tuple(p.shape), normal(1.0), parts=(Part(0, p.shape[0]),)) for n, p in masters.items()}
+    choice = ByKernel(lr=0.1, betas=betas, weight_decay=DECAY, eps=EPS)
+    optimizer = choice.build(masters)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = DECAY
+    held = [Held(n, p, shards[n], 0, p.numel()) for n, p in masters.items()]
+    optimizer.settle(held, shards, ALONE, copies)
+    for t, refused in ((1, False), (None, True), (2, False), (3, False)):
+        for name, p in masters.items():
+            gradient = random(p.shape) * 2.0**t if t else torch.full_like(p, float("nan"))
+            p.grad = (
+                gradient.mT.contiguous().mT if p.ndim > 1 else gradient
+            )  # laid out by columns, as a product may leave it
+            if not refused:
+                exact_step(exact[name], gradient.double() / 3, t, 0.1, betas)
+        before = {name: p.detach().clone() for name, p in masters.items()}
+        with guarded(optimizer, torch.tensor(3.0), torch.tensor(float(refused))):
+            optimizer.step()
+        for name, p in masters.items():
+            assert not refused or torch.equal(p, before[name])
+            state = optimizer.state[p] | {"weights": p.detach()}
+            for what, expected in exact[name].items():
+                found = state[what]
+                torch.testing.assert_close(found.double(), expected, rtol=3e-6, atol=3e-7)
+            if copying:  # the interpreter cuts digits off where a card rounds
+                torch.testing.assert_close(copies[p].float(), p.detach(), rtol=2**-7, atol=0)
+
+
+def main() -> None:
+    for betas, copying, shifted in itertools.product([(0.9, 0.95), (0.0, 0.999)], [True, False], [True, False]):
+        check(betas, copying=copying, shifted=shifted)
+    print("equal")
+
+
+if __name__ == "__main__":
+    main()
