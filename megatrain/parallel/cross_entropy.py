@@ -167,8 +167,8 @@ def _chunk(
     highest = [part.amax(-1) for part in logits.split(rows)] if n_local else [logits.new_full((n,), -torch.inf)]
     top = _over_ranks(torch.cat(highest).float(), axis, "max")
     absent = (targets < first) | (targets >= first + n_local)
-    local = (targets - first).masked_fill(absent, 0)[:, None]
-    hit = logits.gather(-1, local)[:, 0].sub(top).masked_fill(absent, 0.0) if n_local else torch.zeros_like(top)
+    of_targets = torch.arange(n), (targets - first).masked_fill(absent, 0)
+    hit = logits[of_targets].sub(top).masked_fill(absent, 0.0) if n_local else torch.zeros_like(top)
     totals = []
     for part, its_top in zip(logits.split(rows), top.split(rows), strict=True):
         exponentials = part.float().sub_(its_top[:, None]).exp_()
@@ -183,8 +183,8 @@ def _chunk(
         logits *= more[:, None]
         of_target *= more
     if n_local:  # written, not subtracted: what is left of a likely target is smaller than bf16's steps near it
-        there = logits.gather(-1, local)[:, 0]
-        logits.scatter_(-1, local, torch.where(absent, there, (of_target - total).to(logits.dtype))[:, None])
+        new = (of_target - total).to(logits.dtype)  # by an index: scatter_ would go by a float32 copy of all logits
+        logits[of_targets] = torch.where(absent, logits[of_targets], new)
     return losses, logits, (pull / total)[:, None]
 
 

@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import warnings
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def audited(name: str, shape_name: str, micro_batches: int) -> dict[str, Any]:
 def main() -> None:
     from peers import installed  # and with it torch, which must come second where a card is played
     from recipe import SHAPES
-    from training import write
+    from training import commit, write
 
     names = [name for name in installed() if name not in WITHOUT]
     everyone = names + [f"{name}+compile" for name in names]
@@ -87,7 +88,8 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", choices=everyone, default=everyone, metavar="PEER")
     parser.add_argument("--json", type=Path, help="file to write a line a peer to")
     a = parser.parse_args()
-    lines: list[dict[str, Any]] = [{"torch": version("torch"), "card": "H100, modelled"}]
+    conditions = {"date": str(date.today()), "commit": commit(), "torch": version("torch"), "card": "H100, modelled"}
+    lines: list[dict[str, Any]] = [conditions]
     for shape in a.shapes:
         print(f"\n{shape}, bf16: of one micro-batch, and of the second what it adds; tokens/s are modelled")
         print(HEADING)

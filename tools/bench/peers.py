@@ -5,12 +5,15 @@ A peer is a function that takes one optimiser step and returns its loss. Run as 
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import resource
 import sys
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
 import libraries
 import torch
@@ -145,6 +148,7 @@ def serve(peer: str, shape: Shape, device: str, precision: str, compiled: bool, 
     with torch.device(device):
         step = PEERS[peer](shape, precision == "bf16", compiled)
     losses = [step() for _ in range(warmup)]
+    forget_warming_up(device)
     print(json.dumps({"ready": True, "losses": losses}), flush=True)
     for _ in sys.stdin:
         cpu, wall = time.process_time(), time.perf_counter()
@@ -153,11 +157,22 @@ def serve(peer: str, shape: Shape, device: str, precision: str, compiled: bool, 
         print(json.dumps(answer | {"peak_bytes": most_memory(device) - before}), flush=True)
 
 
+def forget_warming_up(device: str) -> None:
+    """Give back what compiling left over, and let `most_memory` begin anew: what training takes is compared."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak is what is resident now
+
+
 def most_memory(device: str) -> int:
     """Bytes that this process had at most: on a card those of its tensors."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
 def resident(device: str) -> int:

@@ -83,17 +83,22 @@ def table(lines: list[dict[str, Any]], tokens: int, device: str) -> str:
     return "\n".join(rows)
 
 
+def commit() -> str:
+    """Of what is measured; with `-dirty` where files differ from it."""
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=10"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def environment(a: argparse.Namespace) -> dict[str, Any]:
     """What the figures depend on."""
     rows = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((row.split(":")[1].strip() for row in rows if "model name" in row), "?")
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=10"]
     return {
         "date": str(date.today()),
         "device": torch.cuda.get_device_name() if a.device == "cuda" else f"{cpu} ({platform.machine()})",
         "threads": a.threads,
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+        "commit": commit(),
         "shape": asdict(SHAPES[a.shape]),
         "cycles": a.cycles,
         "launches": a.launches,
