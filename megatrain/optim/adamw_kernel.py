@@ -16,8 +16,8 @@ from torch import Tensor
 TILE, BLOCK, WARPS = 8192, 2048, 8
 """Elements of one program, of one turn of it, and its warps: a thread holds 8 numbers of each tensor."""
 
-COLUMNS: tl.constexpr = tl.constexpr(7)
-"""Of the table: addresses of a master, gradient, average, square and copy; the number of elements; the first tile."""
+ROWS = ("master", "gradient", "average", "square", "copy", "elements", "first tile")
+"""Of the table of tensors: five addresses and two numbers."""
 
 
 @triton.jit
@@ -40,19 +40,19 @@ def step_kernel(
     beta1: tl.constexpr, beta2: tl.constexpr, log2_beta1: tl.constexpr, log2_beta2: tl.constexpr, eps: tl.constexpr,
     n: tl.constexpr, copying: tl.constexpr, aligned: tl.constexpr, tile: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """`tile` elements of one of the tensors in the rows of `table`, int64 [n, COLUMNS]; n is a power of 2."""
+    """`tile` elements of one of the tensors in the columns of `table`, int64 [ROWS, n]; n is a power of 2."""
     at = tl.program_id(0)
-    first_tiles = tl.load(table + tl.arange(0, n) * COLUMNS + 6)
-    row = table + (tl.sum((first_tiles <= at).to(tl.int32), 0) - 1) * COLUMNS
-    begin = (at - tl.load(row + 6)) * tile
-    stop = tl.minimum(begin + tile, tl.load(row + 5))
+    first_tiles = tl.load(table + 6 * n + tl.arange(0, n))
+    column = table + tl.sum((first_tiles <= at).to(tl.int32), 0) - 1
+    begin = (at - tl.load(column + 6 * n)) * tile
+    stop = tl.minimum(begin + tile, tl.load(column + 5 * n))
     stop = tl.where(tl.load(found_inf) > 0.0, begin, stop)  # nothing
     if aligned:
         stop = tl.multiple_of(stop, 16)
-    master = _tensor(tl.load(row), aligned, tl.float32)
-    gradient = _tensor(tl.load(row + 1), aligned, tl.float32)
-    average = _tensor(tl.load(row + 2), aligned, tl.float32)
-    square = _tensor(tl.load(row + 3), aligned, tl.float32)
+    master = _tensor(tl.load(column), aligned, tl.float32)
+    gradient = _tensor(tl.load(column + n), aligned, tl.float32)
+    average = _tensor(tl.load(column + 2 * n), aligned, tl.float32)
+    square = _tensor(tl.load(column + 3 * n), aligned, tl.float32)
 
     t = tl.load(count)
     rate = lr / _correction(log2_beta1, t)
@@ -73,7 +73,7 @@ def step_kernel(
         tl.store(square + i, v, mask=here)
         tl.store(master + i, w, mask=here)
         if copying:
-            copy = _tensor(tl.load(row + 4), aligned, tl.bfloat16)
+            copy = _tensor(tl.load(column + 4 * n), aligned, tl.bfloat16)
             tl.store(copy + i, w.to(tl.bfloat16), mask=here)
 
 
@@ -104,30 +104,43 @@ def step(
         found_inf: float32 scalar, 0 or 1.
     """
     gradients = [g.contiguous() for g in gradients]
-    lists = [tensors, gradients, averages, squares, out_copies or tensors]
-    table, n_tiles = _table(lists)
+    table, n_tiles = _table([tensors, gradients, averages, squares, *([out_copies] if out_copies else [])])
     if n_tiles:
         log2 = [math.log2(beta) if beta else LOG2_OF_NOTHING for beta in (beta1, beta2)]
         step_kernel[(n_tiles,)](
             table.to(count.device, non_blocking=True), count, divisor, found_inf, lr, lr * weight_decay,
-            beta1, beta2, *log2, eps, n=len(table), copying=bool(out_copies),
-            aligned=not table[:, :6].remainder(16).any().item(), tile=TILE, block=BLOCK, num_warps=WARPS,
+            beta1, beta2, *log2, eps, n=table.shape[1], copying=bool(out_copies),
+            aligned=not table[:6].remainder(16).any().item(), tile=TILE, block=BLOCK, num_warps=WARPS,
         )  # fmt: skip
 
+
+FORMATS = (torch.float32,) * 4 + (torch.bfloat16,)
+"""Of the tensors whose addresses are in the table; the last may be absent."""
 
 LOG2_OF_NOTHING = -2000.0
 """Of a beta of 0, whose powers are 0 in float64 too."""
 
 
 def _table(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, int]:
-    """int64 [n, COLUMNS] on the host, filled up to a power of 2 by rows that no tile belongs to; and how many tiles."""
-    rows, tiles = [], 0
+    """int64 [ROWS, n] on the host, filled up to a power of 2 by columns that no tile belongs to; and how many tiles."""
+    columns, tiles = [], 0
     for tensors in zip(*lists, strict=True):
         numel = tensors[0].numel()
         if numel:
-            rows.append([*(t.data_ptr() for t in tensors), numel, tiles])
+            addresses = [_address(t, dtype, numel) for t, dtype in zip(tensors, FORMATS, strict=False)]
+            columns.append([*addresses, *[0] * (len(FORMATS) - len(addresses)), numel, tiles])
             tiles += -(-numel // TILE)
-    n = triton.next_power_of_2(max(1, len(rows)))
-    rows += [[0] * 6 + [tiles]] * (n - len(rows))
-    table = torch.tensor(rows, dtype=torch.int64)
+    n = triton.next_power_of_2(max(1, len(columns)))
+    columns += [[0] * 6 + [tiles]] * (n - len(columns))
+    table = torch.tensor(columns, dtype=torch.int64).T.contiguous()
     return (table.pin_memory() if lists[0][0].is_cuda else table), tiles
+
+
+def _address(x: Tensor, dtype: torch.dtype, numel: int) -> int:
+    """Of what the kernel takes for `numel` numbers in a row; anything else would give wrong ones in silence."""
+    if x.dtype != dtype or x.numel() != numel or not x.is_contiguous():
+        raise ValueError(
+            f"AdamW's kernel got {x.dtype} {list(x.shape)} with strides {x.stride()} where it takes {numel} numbers of "
+            f"{dtype} without gaps: make the tensor contiguous and of that format"
+        )
+    return x.data_ptr()

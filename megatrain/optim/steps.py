@@ -165,7 +165,7 @@ class Steps(torch.optim.Optimizer):
             exact = [_exact(p) for p in tensors]
             states = [self.state[p] for p in tensors]
             step = self._facts(group, tensors[0].device)
-            copies = [self.copies[p] for p in tensors if p in self.copies]
+            copies = [self.copies[p] for p in tensors] if self.copies else []
             work = Work(group["names"], exact, states, held, step, self.whole, self.vectors, copies)
             rule.update(work)
             if work.copies:

@@ -369,7 +369,7 @@ def in_bf16(schedules: Iterable[str], *engines: tuple[str, int]) -> list[Case]:
 @pytest.mark.parametrize(
     "cases",
     [
-        in_bf16(["1f1b", "zbv"], ("plain", 0)),
+        in_bf16(["zbv"], ("plain", 0)),
         pytest.param(in_bf16(SCHEDULES, ("plain", 0), ("fsdp2", 2)), marks=pytest.mark.slow),
         *(
             pytest.param(in_bf16([schedule], ("deepspeed", zero)), marks=pytest.mark.slow)

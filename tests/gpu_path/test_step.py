@@ -34,6 +34,14 @@ STEPS: dict[str, tuple[list[str], tuple[str, ...]]] = {
 }
 """Name -> configurations, later over earlier, and what is changed in them: one card, and few micro-batches."""
 
+LONG = {"llama-124m recomputed", "gpu-0.5b", "gpu-1b", "gpu-8b-6l"}
+"""Of which others here show nearly the same."""
+
+
+def names(but: str = "none") -> list[Any]:
+    """All steps, the long ones marked slow, but those with `but` in their name."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in STEPS if but not in name]
+
 
 def lines_of(*arguments: str, program: str = "step") -> list[dict[str, Any]]:
     """What a program of this folder printed. A process of its own, since the fake card must be there before torch."""
@@ -62,7 +70,7 @@ def step(name: str) -> dict[str, Any]:
     return seen | {"counted_flops": {op: n // places if "attention" in op else n for op, n in counted.items()}}
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", names())
 def test_a_step_never_waits_for_the_card_and_keeps_every_tensor_on_it(name: str) -> None:
     seen = step(name)
     assert seen["raised"] is None
@@ -70,12 +78,12 @@ def test_a_step_never_waits_for_the_card_and_keeps_every_tensor_on_it(name: str)
     assert seen["mixes"] == []
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", names())
 def test_every_matrix_product_of_a_bf16_run_is_in_bf16(name: str) -> None:
     assert set(step(name)["products"]) == {"bfloat16"}
 
 
-@pytest.mark.parametrize("name", [name for name in STEPS if "recomputed" not in name])
+@pytest.mark.parametrize("name", names(but="recomputed"))
 def test_counted_flops_equal_the_formula_behind_mfu(name: str) -> None:
     """Torch counts causal attention as a full square, and backward as five products where the formula has four."""
     seen = step(name)
@@ -87,7 +95,7 @@ def test_counted_flops_equal_the_formula_behind_mfu(name: str) -> None:
     assert attention == full_square * 7 / 6
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", names())
 def test_costs_stay_within_a_hundredth_of_their_budget(name: str) -> None:
     """A change that costs or saves more changes `budgets.yaml` too: `python -m tests.gpu_path.test_step` writes it."""
     budget, seen = yaml.safe_load(BUDGETS.read_text())[name], costs(step(name))

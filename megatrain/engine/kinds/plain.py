@@ -64,7 +64,11 @@ class PlainEngine:
     def step(self, batch: Batch, lr: float, most_loss: float = math.inf) -> StepReport:
         batch = batch.to(self.device)
         tokens = self.passes.global_tokens(batch)
-        loss_sum = self._gradients_of(batch, tokens)
+        try:
+            loss_sum = self._gradients_of(batch, tokens)
+        except BaseException:
+            self._clear()  # a step that is tried again must not find half of this one
+            raise
         pieces = Pieces()
         for name, p in self.named.items():
             assert p.grad is not None
@@ -85,11 +89,7 @@ class PlainEngine:
 
     def _gradients_of(self, batch: Batch, tokens: Tensor) -> Tensor:
         """Leave the gradient of the global mean loss in the parameters; return this rank's loss sum."""
-        try:
-            loss_sum = self.passes.forward_backward(batch, tokens)
-        except BaseException:
-            self._clear()  # a step that is tried again must not find half of this one
-            raise
+        loss_sum = self.passes.forward_backward(batch, tokens)
         sum_partial(gradients_of(self.partial), self.tp)
         self.passes.sum_tied(gradients_by_name(self.named))
         self.gradients.reduce()

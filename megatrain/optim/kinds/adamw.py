@@ -119,7 +119,7 @@ DECOUPLED = 1
 def _counted(work: Work) -> Tensor:
     """The number of this step, after it was counted: that of the first tensor, for kernels that take one for all."""
     counts = [state["step"] for state in work.states]
-    torch._foreach_add_(counts, work.step.go)
+    torch._foreach_add_(counts, [work.step.go] * len(counts))  # of one tensor the host would ask for the value
     return counts[0]
 
 
