@@ -73,6 +73,7 @@ def _traffic(func: Any, packet: Any, named: Mapping[str, Any], out: Any) -> tupl
     if "grads" in changed and named.get("grad_scale") is None:
         changed -= {"grads"}  # a fused optimiser writes those only where it divides them
     writes = {id(t): t for t in _tensors([named.get(name) for name in changed]) + _tensors(out)}
+    # no argument of an operator of one's own can be declared as `is_out`; its name says so
     unread = {a.name for a in func._schema.arguments if a.is_out or a.name.startswith("out_")}
     first = func._schema.arguments[0].name if func._schema.arguments else ""
     if packet in OVERWRITING:

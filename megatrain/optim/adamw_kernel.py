@@ -16,8 +16,11 @@ from torch import Tensor
 TILE, BLOCK, WARPS = 8192, 2048, 8
 """Elements of one program, of one turn of it, and its warps: a thread holds 8 numbers of each tensor."""
 
-ROWS = ("master", "gradient", "average", "square", "copy", "elements", "first tile")
-"""Of the table of tensors: five addresses and two numbers."""
+FORMATS = (torch.float32,) * 4 + (torch.bfloat16,)
+"""Of a master, its gradient, average, square and copy; there may be no copy."""
+
+LOG2_OF_NOTHING = -2000.0
+"""Of a beta of 0, whose powers are 0 in float64 too."""
 
 
 @triton.jit
@@ -40,7 +43,7 @@ def step_kernel(
     beta1: tl.constexpr, beta2: tl.constexpr, log2_beta1: tl.constexpr, log2_beta2: tl.constexpr, eps: tl.constexpr,
     n: tl.constexpr, copying: tl.constexpr, aligned: tl.constexpr, tile: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """`tile` elements of one of the tensors in the columns of `table`, int64 [ROWS, n]; n is a power of 2."""
+    """`tile` elements of one of the tensors in the columns of `table` (see `_table`)."""
     at = tl.program_id(0)
     first_tiles = tl.load(table + 6 * n + tl.arange(0, n))
     column = table + tl.sum((first_tiles <= at).to(tl.int32), 0) - 1
@@ -114,15 +117,12 @@ def step(
         )  # fmt: skip
 
 
-FORMATS = (torch.float32,) * 4 + (torch.bfloat16,)
-"""Of the tensors whose addresses are in the table; the last may be absent."""
-
-LOG2_OF_NOTHING = -2000.0
-"""Of a beta of 0, whose powers are 0 in float64 too."""
-
-
 def _table(lists: Sequence[Sequence[Tensor]]) -> tuple[Tensor, int]:
-    """int64 [ROWS, n] on the host, filled up to a power of 2 by columns that no tile belongs to; and how many tiles."""
+    """int64 [7, n] on the host, and how many tiles there are.
+
+    Rows: five addresses in the order of `FORMATS`, the number of elements, the first tile. n is a power of 2: columns
+    that no tile belongs to fill it up.
+    """
     columns, tiles = [], 0
     for tensors in zip(*lists, strict=True):
         numel = tensors[0].numel()

@@ -7,7 +7,6 @@ once, by `settle`; from then on it can name its state for checkpoints, whatever 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -127,7 +126,7 @@ class Steps(torch.optim.Optimizer):
         held: Sequence[Held],
         shards: Mapping[str, Shard],
         axis: Axis,
-        copies: Mapping[Tensor, Tensor] = MappingProxyType({}),
+        copies: Mapping[Tensor, Tensor] | None = None,
     ) -> None:
         """Learn what the tensors are of the full parameters, and give each the state it has before its first step.
 
@@ -138,7 +137,7 @@ class Steps(torch.optim.Optimizer):
             copies: what computes with the values of the tensors, in bf16, by tensor: a step changes both.
         """
         rules = self.rules
-        self.held, self.axis, self.copies = [h for h in held if h.numel], axis, copies
+        self.held, self.axis, self.copies = [h for h in held if h.numel], axis, copies or {}
         self.shards = {name: shard for name, shard in shards.items() if name in rules}
         if any(rule.sees_whole for rule in rules.values()):
             self.whole = Whole(self.held, self.shards, axis)
@@ -182,6 +181,11 @@ class Steps(torch.optim.Optimizer):
             torch.ones((), device=device) if divisor is None else divisor,
             torch.zeros((), device=device) if found is None else found,
         )
+
+    def publish(self) -> None:
+        """Give the copies the values of their tensors, which something other than a step has changed."""
+        if self.copies:
+            torch._foreach_copy_(list(self.copies.values()), list(self.copies))
 
     # --------------------------------------------------------------------------------- its state
 
@@ -248,4 +252,5 @@ def load(
     if states("weights"):
         for piece in weights:
             fill(piece)
+        optimizer.publish()
     optimizer.load(fill, states)

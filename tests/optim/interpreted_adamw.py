@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from megatrain.optim import adamw_kernel
 from megatrain.optim.kinds.adamw import AdamW
-from megatrain.optim.optimizer import guarded
-from megatrain.optim.whole import Held
-from megatrain.parallel.mesh import ALONE
-from megatrain.parallel.shard import Part, Shard, normal
+from megatrain.optim.optimizer import Group
+from tests.optim.test_optimizer import guarded_step, settle
 
 SHAPES = {"a": (3, 5), "none": (0, 4), "tiles": (3, adamw_kernel.TILE), "edge": (adamw_kernel.TILE,), "one": (1,)}
 EPS, DECAY = 1e-8, 0.1
@@ -43,24 +41,17 @@ def check(betas: tuple[float, float], *, copying: bool, shifted: bool) -> None:
     masters = {name: nn.Parameter(random(shape)) for name, shape in SHAPES.items()}
     exact = {name: {"weights": p.detach().double(), "exp_avg": 0.0, "exp_avg_sq": 0.0} for name, p in masters.items()}
     copies = {p: p.detach().bfloat16() for p in masters.values()} if copying else {}
-    shards = {n: Shard(tuple(p.shape), normal(1.0), parts=(Part(0, p.shape[0]),)) for n, p in masters.items()}
-    choice = ByKernel(lr=0.1, betas=betas, weight_decay=DECAY, eps=EPS)
-    optimizer = choice.build(masters)
-    for group in optimizer.param_groups:
-        group["weight_decay"] = DECAY
-    held = [Held(n, p, shards[n], 0, p.numel()) for n, p in masters.items()]
-    optimizer.settle(held, shards, ALONE, copies)
+    optimizer = ByKernel(lr=0.1, betas=betas, eps=EPS, groups=(Group(match="*", weight_decay=DECAY),)).build(masters)
+    settle(optimizer, masters, copies)
     for t, refused in ((1, False), (None, True), (2, False), (3, False)):
         for name, p in masters.items():
             gradient = random(p.shape) * 2.0**t if t else torch.full_like(p, float("nan"))
-            p.grad = (
-                gradient.mT.contiguous().mT if p.ndim > 1 else gradient
-            )  # laid out by columns, as a product may leave it
+            by_columns = p.ndim > 1  # as a product may leave it
+            p.grad = gradient.mT.contiguous().mT if by_columns else gradient
             if not refused:
                 exact_step(exact[name], gradient.double() / 3, t, 0.1, betas)
         before = {name: p.detach().clone() for name, p in masters.items()}
-        with guarded(optimizer, torch.tensor(3.0), torch.tensor(float(refused))):
-            optimizer.step()
+        guarded_step(optimizer, torch.tensor(3.0), torch.tensor(float(refused)))
         for name, p in masters.items():
             assert not refused or torch.equal(p, before[name])
             state = optimizer.state[p] | {"weights": p.detach()}

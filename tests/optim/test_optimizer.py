@@ -50,7 +50,7 @@ def shards_of(named) -> dict[str, Shard]:
 def settle(optimizer: Steps, named, copies=None) -> None:
     """As an engine of one rank does."""
     shards = shards_of(named)
-    optimizer.settle([Held(n, p, shards[n], 0, p.numel()) for n, p in named.items()], shards, ALONE, copies or {})
+    optimizer.settle([Held(n, p, shards[n], 0, p.numel()) for n, p in named.items()], shards, ALONE, copies)
 
 
 def settled(choice, named) -> Steps:

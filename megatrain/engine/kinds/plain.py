@@ -55,8 +55,8 @@ class PlainEngine:
             Held(name, master, self.shards[name], 0, master.numel(), counted=self.data.rank == 0)
             for name, master in self.masters.items()
         ]
-        self.copies = {self.masters[n]: p.data for n, p in self.named.items()} if parts.precision.masters else {}
-        self.optimizer.settle(whole, self.shards, parts.mesh.axis("stage"), self.copies)
+        copies = {self.masters[n]: p.data for n, p in self.named.items()} if parts.precision.masters else None
+        self.optimizer.settle(whole, self.shards, parts.mesh.axis("stage"), copies)
 
     def _gradients(self) -> Gradients:
         return Gradients(list(self.named.values()), self.data)
@@ -97,7 +97,7 @@ class PlainEngine:
 
     def _clear(self) -> None:
         self.gradients.clear()
-        for master in self.copies:
+        for master in self.optimizer.copies:
             master.grad = None  # it is the parameter's
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -116,8 +116,6 @@ class PlainEngine:
     @torch.no_grad()
     def load(self, fill: Callable[[Slice], None], states: Callable[[str], bool] = lambda state: True) -> None:
         load(self._weights(), self.optimizer, fill, states)
-        if self.copies:
-            torch._foreach_copy_(list(self.copies.values()), list(self.copies))
 
     def scalars(self) -> dict[str, Any]:
         return {"optimizer_steps": step_count(self.optimizer)}
